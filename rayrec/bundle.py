@@ -1,0 +1,251 @@
+"""The bundle: the one artefact between training and serving. Written atomically, verified on open.
+
+In: tensors, arrays, tables and settings. Out: a version folder whose manifest, written last, hashes every file.
+It must not know what the tensors mean. A folder without a manifest does not exist for any reader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+import torch
+from safetensors.torch import load_file, save_file
+
+from rayrec import __version__
+from rayrec.catalogue import Catalogue
+from rayrec.config import Config, from_dict
+from rayrec.errors import BundleError, UsageError
+from rayrec.schema import BUNDLE_VERSION
+
+FORMAT = "rayrec-bundle"
+CURRENT = "CURRENT"
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened and verified bundle; its files are read when asked for."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open a version folder, or the current version of a BUNDLES folder, and check every hash.
+
+        Raises UsageError if there is nothing there, BundleError if it is incomplete, changed or of another version.
+        """
+        folder = resolve(Path(path))
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+        except ValueError:
+            raise BundleError(f"{folder}/manifest.json: not JSON; train again or restore the bundle") from None
+        if manifest.get("format") != FORMAT:
+            raise BundleError(f"{folder}: not a rayrec bundle")
+        if manifest.get("bundle_version") != BUNDLE_VERSION:
+            raise BundleError(
+                f"{folder}: bundle of version {manifest.get('bundle_version')}, this rayrec reads {BUNDLE_VERSION}; "
+                "train again"
+            )
+        for name, digest in manifest["files"].items():
+            file = folder / name
+            if not file.is_file():
+                raise BundleError(f"{folder}: {name} is missing; restore the bundle or train again")
+            if sha256(file) != digest:
+                raise BundleError(f"{folder}: {name} was changed after it was written; restore it or train again")
+        return cls(folder, manifest)
+
+    @property
+    def version(self) -> str:
+        """The name of this version, as in `BUNDLES/<version>/`."""
+        return str(self.manifest["version"])
+
+    @property
+    def clock(self) -> str:
+        """Clock of the data it was trained on: "time", "date" or "order"."""
+        return str(self.manifest["clock"])
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings it was trained with."""
+        return from_dict(Config, self.json("config.json"))
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The items, as they were at training time."""
+        return Catalogue.from_table(pq.read_table(self.path / "items" / "items.parquet", memory_map=True))
+
+    @cached_property
+    def vectors_ND(self) -> npt.NDArray[np.float32]:
+        """Item vectors [N + 1, D] float32, memory-mapped; row 0 is zero."""
+        return np.load(self.path / "vectors.npy", mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def cooccurrence(self) -> sp.csr_matrix:
+        """Which item follows which: [N + 1, N + 1] float32, row i holds the weights of what comes after i."""
+        folder = self.path / "cooccurrence"
+        arrays = [
+            np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False) for part in ("data", "indices", "indptr")
+        ]
+        n = len(arrays[2]) - 1
+        return sp.csr_matrix(tuple(arrays), shape=(n, n))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The model's weights."""
+        return load_file(self.path / "model.safetensors")
+
+    def json(self, name: str) -> Any:
+        """A JSON file of the bundle."""
+        return json.loads((self.path / name).read_text())
+
+
+class BundleWriter:
+    """Writes one bundle; it exists for readers once `commit` has written the manifest.
+
+    Use as a context manager: on an error, Ctrl-C included, the half-written folder is removed.
+    """
+
+    def __init__(self, bundles: str | Path, version: str) -> None:
+        if not _VERSION.fullmatch(version):
+            raise UsageError(f"'{version}' cannot name a bundle: use letters, digits, dot, dash and underscore")
+        self.version, self.bundles = version, Path(bundles)
+        self.folder = self.bundles / version
+        if (self.folder / "manifest.json").exists():
+            raise UsageError(f"{self.folder}: this version exists already")
+
+    def __enter__(self) -> BundleWriter:
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: cannot write here ({error.strerror})") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, tb: object) -> None:
+        if not (self.folder / "manifest.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def file(self, name: str) -> Path:
+        """Where to write the file `name`; its folder exists."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def json(self, name: str, value: Any) -> None:
+        """Write `value` as JSON."""
+        self.file(name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the model's weights."""
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, self.file("model.safetensors"))
+
+    def array(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Write a numpy array, without pickles."""
+        np.save(self.file(name), values, allow_pickle=False)
+
+    def matrix(self, name: str, matrix: sp.csr_matrix) -> None:
+        """Write a sparse matrix as the folder `name`."""
+        for part in ("data", "indices", "indptr"):
+            self.array(f"{name}/{part}.npy", getattr(matrix, part))
+
+    def commit(self, **facts: Any) -> Bundle:
+        """Hash every file and write the manifest, which makes the bundle exist. `facts` go into the manifest."""
+        files = {
+            str(path.relative_to(self.folder)): sha256(path)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and path.name != "manifest.json"
+        }
+        manifest = {
+            "format": FORMAT,
+            "bundle_version": BUNDLE_VERSION,
+            "rayrec": __version__,
+            "version": self.version,
+            "files": files,
+            **facts,
+        }
+        write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        return Bundle(self.folder, manifest)
+
+
+def add_file(bundle: Bundle, name: str, write: Callable[[Path], None]) -> Bundle:
+    """Add or replace one derived file (metrics, a report) of a finished bundle, and its hash in the manifest."""
+    part = bundle.path / f".{name}.{uuid.uuid4().hex}"
+    try:
+        write(part)
+        digest = sha256(part)
+        os.replace(part, bundle.path / name)
+    finally:
+        part.unlink(missing_ok=True)
+    manifest = {**bundle.manifest, "files": {**bundle.manifest["files"], name: digest}}
+    write_atomically(bundle.path / "manifest.json", json.dumps(manifest, indent=1).encode())
+    return Bundle(bundle.path, manifest)
+
+
+def publish(bundle: Bundle) -> None:
+    """Make `bundle` the live version of its BUNDLES folder."""
+    write_atomically(bundle.path.parent / CURRENT, bundle.version.encode() + b"\n")
+
+
+def versions(bundles: str | Path) -> list[str]:
+    """Finished versions in a BUNDLES folder, by name."""
+    return sorted(path.parent.name for path in Path(bundles).glob("*/manifest.json"))
+
+
+def resolve(path: Path) -> Path:
+    """The version folder meant by `path`: itself, or the current version of a BUNDLES folder.
+
+    Raises UsageError if there is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    current = path / CURRENT
+    if current.is_file():
+        version = current.read_text().strip()
+        if _VERSION.fullmatch(version) and (path / version / "manifest.json").is_file():
+            return path / version
+        raise BundleError(f"{current} names '{version}', which is not there; versions: {', '.join(versions(path))}")
+    if not path.exists():
+        raise UsageError(f"{path}: no such bundle; make one with: rayrec train DATASET {path}")
+    if versions(path):
+        raise UsageError(f"{path}: no version is published; name one: {', '.join(versions(path))}")
+    raise UsageError(f"{path}: no bundle here (no manifest.json): was training interrupted?")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(stream)
+
+
+def _sha(stream: Any) -> str:
+    digest = hashlib.sha256()
+    for block in iter(lambda: stream.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()

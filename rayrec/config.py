@@ -1,0 +1,281 @@
+"""Settings: frozen, typed, validated, saved with what they made. Presets, and `--set path=value`.
+
+In: presets, dictionaries, `path=value` strings. Out: frozen models. It must not know who uses a setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from rayrec.errors import UsageError
+from rayrec.schema import ENGAGEMENTS
+
+C = TypeVar("C", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A frozen group of settings; an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# ---------------------------------------------------------------- prepare
+
+
+class ColumnConfig(Settings):
+    """How one numeric item column is repaired and scaled, in this order: filter, clip, fill, scale."""
+
+    fill: Literal["constant", "mean", "median", "mode", "interpolate", "none"] = "median"
+    constant: float = Field(0.0, description="the value that fill=constant puts in")
+    drop_above: float = Field(0.95, ge=0, le=1, description="drop the column if a larger share is missing")
+    clip: Literal["iqr", "zscore", "none"] = "iqr"
+    clip_width: float = Field(3.0, gt=0, description="IQRs beyond the quartiles, or standard deviations")
+    scale: Literal["zscore", "minmax", "robust", "log", "none"] = "log"
+    smooth: Literal["median", "gaussian", "none"] = Field("none", description="noise filter, before clipping")
+    smooth_width: float = Field(3, gt=0, description="window of the median in items, or sigma of the Gaussian")
+
+
+class TextColumnConfig(Settings):
+    """How one text column of the catalogue (category, brand) is repaired."""
+
+    fill: Literal["constant", "mode", "none"] = "none"
+    constant: str = ""
+    drop_above: float = Field(0.98, ge=0, le=1, description="drop the column if a larger share is missing")
+    hash_above: int = Field(100_000, ge=1, description="hash a vocabulary with more entries than this")
+    hash_buckets: int = Field(65_536, ge=2)
+
+
+class CleanConfig(Settings):
+    """Which event rows are rejected."""
+
+    after: str | None = Field(None, description="reject events before this time (ISO 8601 or epoch seconds)")
+    before: str | None = Field(None, description="reject events at or after this time")
+    bot_events_per_hour: int = Field(1000, ge=0, description="a visitor who does more is a bot; 0 is off")
+    bot_min_events: int = Field(500, ge=1, description="and only visitors with at least so many events")
+    max_missing: float = Field(0.5, ge=0, le=1, description="reject rows that miss a larger share of `expected`")
+    expected: tuple[str, ...] = Field((), description="optional columns whose absence in a row counts as missing")
+    max_abs_quantity: float = Field(100_000, gt=0)
+    max_price: float = Field(1e9, gt=0)
+    k_core: int = Field(0, ge=0, description="keep users and items with at least k events; 0 is off")
+
+
+class ImageConfig(Settings):
+    """How product images are decoded."""
+
+    size: int = Field(128, ge=8, le=1024, description="height and width of the stored image, in pixels")
+    fit: Literal["letterbox", "stretch"] = "letterbox"
+    max_pixels: int = Field(50_000_000, ge=1, description="a larger image is refused unread (a bomb)")
+    denoise: Literal["none", "median", "gaussian"] = "none"
+    denoise_width: float = Field(3, gt=0, description="window of the median in pixels (odd), or sigma")
+
+
+class SequenceConfig(Settings):
+    """What goes into a visitor's sequence."""
+
+    actions: tuple[str, ...] = ENGAGEMENTS
+    max_events: int = Field(10_000, ge=3, description="only a visitor's newest events are kept")
+
+
+class PrepareConfig(Settings):
+    """Settings of `rayrec prepare`."""
+
+    clock: Literal["auto", "time", "date", "order"] = "auto"
+    split: str = Field("loo", description="loo (leave one out by order) or time:<fraction of events to test on>")
+    shards: int = Field(0, ge=0, description="partitions of the output; 0 chooses by the size of the input")
+    clean: CleanConfig = CleanConfig()
+    price: ColumnConfig = ColumnConfig()
+    category: TextColumnConfig = TextColumnConfig()
+    brand: TextColumnConfig = TextColumnConfig()
+    images: ImageConfig = ImageConfig()
+    sequences: SequenceConfig = SequenceConfig()
+
+    @field_validator("split")
+    @classmethod
+    def _split_is_known(cls, split: str) -> str:
+        if split == "loo":
+            return split
+        match = re.fullmatch(r"time:(0?\.\d+)", split)
+        if not match or not 0 < float(match.group(1)) < 0.9:
+            raise ValueError("must be 'loo' or 'time:<fraction>', for example time:0.1")
+        return split
+
+
+# ---------------------------------------------------------------- train
+
+
+class ModelConfig(Settings):
+    """Shape of the model. `kind` chooses the family; the rest belongs to `fusion` unless it says otherwise."""
+
+    kind: Literal["paper", "fusion"] = "fusion"
+    width: int = Field(64, ge=4, description="D, the width of item and user vectors")
+    max_len: int = Field(50, ge=1, description="L, the events of history that are read (both kinds)")
+    lstm_width: int = Field(128, ge=4)
+    lstm_layers: int = Field(1, ge=1, le=4)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    id_dropout: float = Field(0.1, ge=0, lt=1, description="share of items whose id is hidden in a training step")
+    image_size: int = Field(32, ge=8, description="images are averaged down to this before the CNN")
+    cnn_channels: tuple[int, ...] = (16, 32, 64)
+    use_id: bool = True
+    use_image: bool = True
+    use_attributes: bool = True
+    fusion_width: int = Field(64, ge=4, description="hidden width of the fusion MLP")
+    candidates: int = Field(200, ge=10, description="items of each source that the fusion re-orders")
+
+
+class TrainConfig(Settings):
+    """How the model is trained."""
+
+    epochs: int = Field(12, ge=1)
+    batch_size: int = Field(128, ge=1, description="sequences (fusion) or samples (paper) a step and worker")
+    lr: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the rate climbs")
+    patience: int = Field(3, ge=1, description="epochs without a better validation NDCG@10 before stopping")
+    valid_users: int = Field(2000, ge=1, description="users sampled for validation after each epoch")
+    image_budget: int = Field(48, ge=0, description="distinct images encoded with gradient a step")
+    negatives: int = Field(0, ge=0, description="sampled negatives; 0 is the full softmax (paper: 4 if 0)")
+    full_softmax_below: int = Field(50_000, ge=1, description="above this many items negatives are sampled")
+    fusion_epochs: int = Field(4, ge=0)
+    fusion_holdout: float = Field(0.3, gt=0, lt=1, description="share of users whose last events teach the fusion")
+    max_samples: int = Field(0, ge=0, description="training samples an epoch; 0 is all")
+    workers: int = Field(1, ge=1)
+    gpu: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+    tracker: tuple[Literal["tensorboard", "mlflow"], ...] = ("tensorboard",)
+
+
+class Config(Settings):
+    """Settings of `rayrec train`, saved in the bundle."""
+
+    preset: str = "small"
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+PRESETS: dict[str, Config] = {
+    "small": Config(),
+    "base": Config(
+        preset="base",
+        model=ModelConfig(width=128, lstm_width=256, max_len=100, image_size=64, cnn_channels=(32, 64, 128, 128)),
+        train=TrainConfig(epochs=30, image_budget=256),
+    ),
+    "paper": Config(
+        preset="paper",
+        model=ModelConfig(kind="paper", max_len=50, image_size=128),
+        train=TrainConfig(epochs=10, batch_size=32, lr=1e-3, weight_decay=0.0, patience=10),
+    ),
+}
+"""`small`: the default, good on two cores. `base`: for GPUs. `paper`: the founding model to the letter."""
+
+
+# ---------------------------------------------------------------- serve
+
+
+class AutoscaleConfig(Settings):
+    """How Ray Serve follows the load."""
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(2, ge=1)
+    target_ongoing_requests: float = Field(8, gt=0)
+    upscale_delay_s: float = Field(2, ge=0)
+    downscale_delay_s: float = Field(30, ge=0)
+
+
+class SceneConfig(Settings):
+    """One scene: where candidates come from, and how much each action's head weighs in the score."""
+
+    sources: tuple[str, ...] = ("model", "cooccurrence", "popular", "new")
+    heads: dict[str, float] = {"next": 1.0}
+    hide_seen: bool = False
+    hide_purchased: bool = True
+
+
+DEFAULT_SCENES: dict[str, SceneConfig] = {
+    "home": SceneConfig(),
+    "item": SceneConfig(sources=("related", "cooccurrence", "model", "popular"), hide_purchased=False),
+}
+
+
+class ServeConfig(Settings):
+    """Settings of `rayrec serve`."""
+
+    autoscale: AutoscaleConfig = AutoscaleConfig()
+    scenes: dict[str, SceneConfig] = DEFAULT_SCENES
+    history: int = Field(100, ge=1, description="a visitor's newest events that are read")
+    per_source: int = Field(200, ge=1, description="candidates asked of each source")
+    diversity: float = Field(0.1, ge=0, le=1)
+    explore: float = Field(0.0, ge=0, le=1)
+    max_body_bytes: int = Field(1024 * 1024, ge=1024)
+    max_ongoing_requests: int = Field(64, ge=1)
+    max_queued_requests: int = Field(200, ge=1)
+    batch_size: int = Field(16, ge=1, description="requests ranked together in a replica")
+
+
+# ---------------------------------------------------------------- --set
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`. Raises UsageError, naming the others."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset '{name}': choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def with_settings(config: C, settings: Iterable[str]) -> C:
+    """`config` with each `path=value` of `settings` put in, validated as a whole.
+
+    Values are YAML scalars or lists: `train.epochs=3`, `model.use_image=false`, `sequences.actions=[view,cart]`.
+    Raises UsageError that names the setting and, for a misspelt one, the nearest name.
+
+    >>> with_settings(Config(), ["train.epochs=3"]).train.epochs
+    3
+    """
+    tree = config.model_dump()
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: write it as path=value")
+        _put(tree, path.strip().split("."), _parse(text, setting), setting)
+    return _validated(type(config), tree)
+
+
+def from_dict(kind: type[C], tree: dict[str, Any]) -> C:
+    """Settings of type `kind` from a dictionary (a saved config, a YAML file). Raises UsageError."""
+    return _validated(kind, tree)
+
+
+def _parse(text: str, setting: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {setting}: cannot read the value ({error.__class__.__name__})") from None
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:
+    node = tree
+    for depth, name in enumerate(path):
+        if not isinstance(node, dict) or (name not in node and "scenes" not in path[:depth]):
+            known = sorted(node) if isinstance(node, dict) else []
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(known)}" if known else ""
+            raise UsageError(f"--set {setting}: there is no setting '{'.'.join(path[: depth + 1])}'{hint}")
+        if depth == len(path) - 1:
+            node[name] = value
+        else:
+            node = node.setdefault(name, {}) if isinstance(node, dict) else node[name]
+
+
+def _validated(kind: type[C], tree: dict[str, Any]) -> C:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"setting {where}: {first['msg']} (got {first['input']!r})") from None

@@ -1,0 +1,1 @@
+"""Raw logs, catalogues and images to a dataset folder. Only `pipelines` knows Ray."""

@@ -1,0 +1,128 @@
+"""The dataset folder: what `prepare` wrote, opened for reading.
+
+In: a folder or URI. Out: its manifest, catalogue, images and sequences. It must not know how they were made.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+
+from rayrec.catalogue import Catalogue
+from rayrec.errors import DataError, UsageError
+from rayrec.schema import DATASET_VERSION, IMAGE_SCHEMA, SEQUENCE_SCHEMA
+
+FORMAT = "rayrec-dataset"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images of the items that have one.
+
+    item_M       [M] int64               item index, ascending
+    pixels_MHWC  [M, size, size, 3] uint8  RGB
+    """
+
+    item_M: npt.NDArray[np.int64]
+    pixels_MHWC: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset. `path` is a local folder or a URI, without a trailing slash."""
+
+    path: str
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str) -> Dataset:
+        """Open a dataset folder.
+
+        Raises UsageError if there is nothing at `path`, DataError if it is no dataset or of another version.
+        """
+        path = path.rstrip("/")
+        fs, root = filesystem(path)
+        if fs.get_file_info(root).type == pafs.FileType.NotFound:
+            raise UsageError(f"{path}: no such dataset; make one with: rayrec prepare RAW {path}")
+        if fs.get_file_info(f"{root}/manifest.json").type != pafs.FileType.File:
+            raise DataError(f"{path}: not a dataset (no manifest.json): was prepare interrupted? Run it again")
+        try:
+            with fs.open_input_stream(f"{root}/manifest.json") as stream:
+                manifest = json.loads(stream.read())
+        except ValueError:
+            raise DataError(f"{path}/manifest.json: not JSON; run prepare again") from None
+        if manifest.get("format") != FORMAT:
+            raise DataError(f"{path}: not a rayrec dataset (format is {manifest.get('format')!r})")
+        if manifest.get("version") != DATASET_VERSION:
+            raise DataError(
+                f"{path}: dataset of version {manifest.get('version')}, this rayrec reads version {DATASET_VERSION}; "
+                "run prepare again on the raw folder"
+            )
+        return cls(path, manifest)
+
+    @property
+    def clock(self) -> str:
+        """ "time", "date" or "order"."""
+        return str(self.manifest["clock"])
+
+    def catalogue(self) -> Catalogue:
+        """Every item, in the order of its index."""
+        table = self.table("items")
+        return Catalogue.from_table(table.sort_by("item_index"))
+
+    def sequences(self, columns: list[str] | None = None) -> pa.Table:
+        """All visitors' sequences (schema.SEQUENCE_SCHEMA), in memory."""
+        return self.table("sequences").select(columns or SEQUENCE_SCHEMA.names)
+
+    def images(self) -> Images:
+        """All decoded images, in memory: M * size * size * 3 bytes."""
+        size = int(self.manifest["config"]["images"]["size"])
+        if not self.has("images"):
+            return Images(np.empty(0, np.int64), np.empty((0, size, size, 3), np.uint8))
+        table = self.table("images").select(IMAGE_SCHEMA.names).sort_by("item_index")
+        pixels = np.empty((len(table), size, size, 3), np.uint8)
+        row = 0
+        for chunk in table["pixels"].chunks:
+            for value in chunk:
+                pixels[row] = np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3)
+                row += 1
+        return Images(table["item_index"].to_numpy().astype(np.int64), pixels)
+
+    def vocab(self, name: str) -> list[str]:
+        """`vocab/<name>.json`: the word of each code; code 0 is the unknown."""
+        fs, root = filesystem(self.path)
+        with fs.open_input_stream(f"{root}/vocab/{name}.json") as stream:
+            return list(json.loads(stream.read()))
+
+    def has(self, folder: str) -> bool:
+        """Whether any file was written under `folder`."""
+        fs, root = filesystem(self.path)
+        return bool(fs.get_file_info(pafs.FileSelector(f"{root}/{folder}", allow_not_found=True)))
+
+    def table(self, folder: str) -> pa.Table:
+        """All shards of one folder as a table."""
+        fs, root = filesystem(self.path)
+        return pads.dataset(f"{root}/{folder}", filesystem=fs, format="parquet").to_table()
+
+
+def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    """The file system and the path within it, of a local path or a URI that pyarrow.fs reads.
+
+    Raises UsageError for a scheme it does not know.
+    """
+    try:
+        if "://" in path:
+            fs, root = pafs.FileSystem.from_uri(path)
+        else:
+            fs, root = pafs.LocalFileSystem(), str(Path(path).absolute())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UsageError(f"{path}: cannot open this location ({error})") from None
+    return fs, root
