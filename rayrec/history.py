@@ -7,7 +7,7 @@ Because both sides call this function, training and serving cannot drift apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,9 @@ class HistoryBatch:
 
     item_BL    [B, L] int64    item index; 0 is padding
     action_BL  [B, L] int64    action code (schema.ACTION_CODE); 0 is padding
-    gap_s_BL   [B, L] float32  seconds since the event before; 0 for the first, and always on clock "order"
+    gap_s_BL   [B, L] float32  seconds since the event before; 0 for the first of the L, and always on clock "order"
     hour_BL    [B, L] float32  hour of the day in UTC, [0, 24); -1 where the clock has no time of day, or padding
-    seen_BL    [B, L] bool     the item occurred earlier in the visitor's whole history
+    seen_BL    [B, L] bool     the item occurred earlier among these L events
     length_B   [B]    int64    events that are not padding; 0 for a visitor without history
     """
 
@@ -61,45 +61,42 @@ def encode_history(
     >>> batch.item_BL.tolist(), batch.gap_s_BL.tolist(), batch.seen_BL.tolist()
     ([[5, 7, 5, 0]], [[0.0, 1.0, 2.0, 0.0]], [[False, False, True, False]])
     """
-    item_E = np.asarray(item, np.int64)
-    action_E = np.asarray(action, np.int64)
-    time_E = np.asarray(time_ms, np.int64)
     bounds = np.asarray(offsets, np.int64)
-    start_B, end_B = bounds[:-1], bounds[1:]
+    length_B = np.minimum(np.diff(bounds), max_len)
+    real_BL = np.arange(max_len) < length_B[:, None]
+    # Truncate before anything is derived: a served history that was cut elsewhere gives the same numbers.
+    source_E = ((bounds[1:] - length_B)[:, None] + np.arange(max_len))[real_BL]
+    visitor_E, first_E = np.nonzero(real_BL)[0], np.nonzero(real_BL)[1] == 0
+    item_E = np.asarray(item, np.int64)[source_E]
+    action_E = np.asarray(action, np.int64)[source_E]
+    time_E = np.asarray(time_ms, np.int64)[source_E]
 
     gap_E = np.zeros(len(item_E), np.float32)
     if clock != "order" and len(item_E) > 1:
         gap_E[1:] = np.clip(np.diff(time_E) / 1000.0, 0.0, MAX_GAP_S)
-        gap_E[start_B[start_B < end_B]] = 0.0
+        gap_E[first_E] = 0.0
     hour_E = (time_E % 86_400_000 / 3_600_000.0).astype(np.float32)
     if clock != "time":
         hour_E[:] = -1.0
 
-    length_B = np.minimum(end_B - start_B, max_len)
-    column_L = np.arange(max_len)
-    real_BL = column_L < length_B[:, None]
-    source_BL = np.where(real_BL, (end_B - length_B)[:, None] + column_L, 0)
-
-    def padded(values_E: npt.NDArray[np.generic], fill: float) -> npt.NDArray[np.generic]:
-        if not len(values_E):
-            return np.full(real_BL.shape, fill, values_E.dtype)
-        return np.where(real_BL, values_E[source_BL], values_E.dtype.type(fill))
+    def padded(values_E: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
+        out_BL = np.full(real_BL.shape, fill, values_E.dtype)
+        out_BL[real_BL] = values_E
+        return out_BL
 
     return HistoryBatch(
         item_BL=padded(item_E, 0),
         action_BL=padded(action_E, 0),
         gap_s_BL=padded(gap_E, 0),
         hour_BL=padded(hour_E, -1),
-        seen_BL=padded(_seen_before(item_E, bounds), 0),
+        seen_BL=padded(_seen_before(item_E, visitor_E), False),
         length_B=length_B,
     )
 
 
-def _seen_before(item_E: Ints, bounds: Ints) -> npt.NDArray[np.bool_]:
-    """Whether each event's item occurred earlier in the same visitor's events. [E] bool."""
-    visitor_E = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+def _seen_before(item_E: Ints, visitor_E: Ints) -> npt.NDArray[np.bool_]:
+    """Whether each event's item occurred earlier among the same visitor's events. [E] bool."""
     order_E = np.lexsort((np.arange(len(item_E)), item_E, visitor_E))
     repeat_E = np.zeros(len(item_E), bool)
-    same = (np.diff(item_E[order_E]) == 0) & (np.diff(visitor_E[order_E]) == 0)
-    repeat_E[order_E[1:]] = same
+    repeat_E[order_E[1:]] = (np.diff(item_E[order_E]) == 0) & (np.diff(visitor_E[order_E]) == 0)
     return repeat_E
