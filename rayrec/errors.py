@@ -28,3 +28,7 @@ class BundleError(RayrecError):
 
 class ResourceError(RayrecError):
     """The machine or cluster cannot give what was asked for: CPUs, GPUs, a port, disk."""
+
+
+class StateError(RayrecError):
+    """The shared state cannot be read or written: the disk is full, the file is damaged, the server is away."""

@@ -1,0 +1,23 @@
+"""Shared state, chosen by URL. In: a URL. Out: a `protocol.State`."""
+
+from __future__ import annotations
+
+from rayrec.errors import UsageError
+from rayrec.state.protocol import State
+from rayrec.state.sqlite import SqliteState
+
+__all__ = ["State", "open_state"]
+
+
+def open_state(url: str) -> State:
+    """Open the state at `url`, making it if it does not exist.
+
+    `sqlite:///relative/path` or `sqlite:////absolute/path`, optionally with `?synchronous=full`, which
+    survives power loss too; the default `normal` survives the death of every process.
+
+    Raises UsageError for another scheme or a place that cannot be used.
+    """
+    scheme = url.partition("://")[0]
+    if scheme == "sqlite":
+        return SqliteState.open(url)
+    raise UsageError(f"state '{url}': unknown kind '{scheme}'; use sqlite:///PATH")
