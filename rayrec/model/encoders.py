@@ -1,0 +1,236 @@
+"""Encoders: an item's id, picture and attributes to a vector; a visitor's events to a vector.
+
+In: item rows, `HistoryTensors`. Out: vectors of width D. They must not know losses, files or Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayrec.catalogue import Catalogue, Ragged
+from rayrec.config import ModelConfig
+from rayrec.history import HistoryBatch
+from rayrec.schema import ACTIONS, TITLE_BUCKETS
+
+MAX_CODES = 16
+GAP_BUCKETS = 32
+
+
+@dataclass(frozen=True)
+class HistoryTensors:
+    """A `HistoryBatch` on a device, trimmed to its longest history (at least one column)."""
+
+    item_BL: Tensor
+    action_BL: Tensor
+    gap_s_BL: Tensor
+    hour_BL: Tensor
+    seen_BL: Tensor
+    length_B: Tensor
+
+    @classmethod
+    def of(cls, batch: HistoryBatch, device: torch.device | str = "cpu", pin: bool = False) -> HistoryTensors:
+        """Tensors that share the arrays' memory on the CPU; `pin` prepares them for an asynchronous copy."""
+        longest = max(1, int(batch.length_B.max(initial=0)))
+
+        def move(values: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(values))
+            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
+
+        columns = (batch.item_BL, batch.action_BL, batch.gap_s_BL, batch.hour_BL, batch.seen_BL)
+        return cls(*(move(values[:, :longest]) for values in columns), move(batch.length_B))
+
+
+class ItemTable(nn.Module):
+    """What is known of every item, as buffers that move with the model and are not saved with it.
+
+    category_NK, title_NK  [N + 1, K] int64  codes, 0 padding
+    brand_N, price_N       [N + 1] int64     brand code, price bucket
+    price_scaled_N, log_popularity_N  [N + 1] float32  (popularity: log(1 + training events), z-scored)
+    warm_N                 [N + 1] bool      has training events: only then does the id say anything
+    image_row_N            [N + 1] int64     row in pixels_MCSS, -1 without a picture
+    pixels_MCSS            [M, 3, S, S] uint8
+    """
+
+    category_NK: Tensor
+    title_NK: Tensor
+    brand_N: Tensor
+    price_N: Tensor
+    price_scaled_N: Tensor
+    log_popularity_N: Tensor
+    warm_N: Tensor
+    image_row_N: Tensor
+    pixels_MCSS: Tensor
+
+    def __init__(
+        self, catalogue: Catalogue, image_item_M: np.ndarray, pixels_MHWC: np.ndarray, image_size: int
+    ) -> None:
+        super().__init__()
+        popularity = np.log1p(catalogue.n_train.astype(np.float64))
+        spread = popularity[1:].std() if len(catalogue) else 1.0
+        popularity = (popularity - (popularity[1:].mean() if len(catalogue) else 0)) / (spread or 1.0)
+        image_row_N = np.full(len(catalogue) + 1, -1, np.int64)
+        image_row_N[image_item_M] = np.arange(len(image_item_M))
+        for name, tensor in {
+            "category_NK": _codes(catalogue.category),
+            "title_NK": _codes(catalogue.title),
+            "brand_N": torch.from_numpy(catalogue.brand),
+            "price_N": torch.from_numpy(catalogue.price_bucket),
+            "price_scaled_N": torch.from_numpy(catalogue.price_scaled),
+            "log_popularity_N": torch.from_numpy(popularity.astype(np.float32)),
+            "warm_N": torch.from_numpy(catalogue.n_train > 0),
+            "image_row_N": torch.from_numpy(image_row_N),
+            "pixels_MCSS": shrink(pixels_MHWC, image_size),
+        }.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+
+def _codes(lists: Ragged) -> Tensor:
+    """Code lists as a matrix [N + 1, K] int64, K at most MAX_CODES, 0 padding."""
+    length_N = np.minimum(np.diff(lists.offsets), MAX_CODES)
+    width = max(1, int(length_N.max(initial=1)))
+    real_NK = np.arange(width) < length_N[:, None]
+    codes_NK = np.zeros(real_NK.shape, np.int64)
+    codes_NK[real_NK] = lists.values[(lists.offsets[:-1, None] + np.arange(width))[real_NK]]
+    return torch.from_numpy(codes_NK)
+
+
+def shrink(pixels_MHWC: np.ndarray, size: int, rows: int = 256) -> Tensor:
+    """Average images down to `size` x `size`. [M, H, H, 3] uint8 -> [M, 3, size, size] uint8."""
+    out = torch.empty(len(pixels_MHWC), 3, size, size, dtype=torch.uint8)
+    for start in range(0, len(pixels_MHWC), rows):
+        part = torch.from_numpy(pixels_MHWC[start : start + rows]).permute(0, 3, 1, 2)
+        if part.shape[-1] != size:
+            part = F.interpolate(part.float(), (size, size), mode="area").round_().to(torch.uint8)
+        out[start : start + rows] = part
+    return out
+
+
+def as_float(pixels_MCSS: Tensor) -> Tensor:
+    """uint8 0..255 to float32 -1..1."""
+    return pixels_MCSS.float().mul_(2 / 255).sub_(1)
+
+
+class ImageCNN(nn.Module):
+    """Convolutions of stride 2 with batch-independent normalisation, averaged over the picture.
+
+    GroupNorm rather than BatchNorm: a vector must not depend on what else is in the batch, nor differ between
+    training and serving.
+    """
+
+    def __init__(self, channels: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in zip((3, *channels), channels, strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.project = nn.Linear(2 * channels[-1], width)
+
+    def forward(self, pixels_MCSS: Tensor) -> Tensor:
+        """[M, 3, S, S] uint8 -> [M, D] float32."""
+        maps = self.layers(as_float(pixels_MCSS))
+        return self.project(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1))
+
+
+class ItemEncoder(nn.Module):
+    """An item's vector: id + picture + categories + brand + price bucket + title words, summed.
+
+    The id of an item without training events is never used (its embedding would be noise), and in training ids are
+    hidden at random, so that content learns to carry cold items (DropoutNet, Volkovs et al. 2017).
+    """
+
+    def __init__(self, config: ModelConfig, n_items: int, n_categories: int, n_brands: int) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.id = nn.Embedding(n_items + 1, width, padding_idx=0) if config.use_id else None
+        self.cnn = ImageCNN(config.cnn_channels, width) if config.use_image else None
+        if config.use_attributes:
+            self.category = nn.EmbeddingBag(max(2, n_categories), width, padding_idx=0, mode="mean")
+            self.title = nn.EmbeddingBag(TITLE_BUCKETS, width, padding_idx=0, mode="mean")
+            self.brand = nn.Embedding(max(2, n_brands), width, padding_idx=0)
+            self.price = nn.Embedding(11, width, padding_idx=0)
+        for module in self.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                nn.init.normal_(module.weight, std=width**-0.5 / 2)
+                with torch.no_grad():
+                    module.weight[0] = 0
+        # The table of picture vectors is filled by refresh_images(); between refreshes a step updates what it encodes.
+        self.image_ND: Tensor
+        self.register_buffer("image_ND", torch.zeros(n_items + 1, width), persistent=False)
+
+    def images(self, items: ItemTable, item_M: Tensor) -> Tensor:
+        """Picture vectors, with gradient, of items that have a picture. [M] int64 -> [M, D]."""
+        assert self.cnn is not None
+        return self.cnn(items.pixels_MCSS[items.image_row_N[item_M]])
+
+    @torch.no_grad()
+    def refresh_images(self, items: ItemTable, batch: int = 512) -> None:
+        """Encode every picture anew into the table that `forward` reads."""
+        if self.cnn is None:
+            return
+        item_M = torch.nonzero(items.image_row_N >= 0).squeeze(1)
+        for part_M in item_M.split(batch):
+            self.image_ND[part_M] = self.images(items, part_M)
+
+    def forward(self, items: ItemTable, row_R: Tensor | None = None, fresh_M: Tensor | None = None) -> Tensor:
+        """Vectors of the items in `row_R` ([R] int64; all N + 1 if None). -> [R, D] float32; padding gives zeros.
+
+        fresh_M: [M] int64, items whose pictures are encoded with gradient in this step; the others' picture
+        vectors come from the table, so that a big catalogue can train end to end within an image budget.
+        """
+        rows = torch.arange(len(items.brand_N), device=items.brand_N.device) if row_R is None else row_R
+        vector_RD = torch.zeros(len(rows), self.config.width, device=rows.device)
+        if self.id is not None:
+            keep_R = items.warm_N[rows]
+            if self.training and self.config.id_dropout:
+                keep_R = keep_R & (torch.rand(len(rows), device=rows.device) >= self.config.id_dropout)
+            vector_RD = vector_RD + self.id(rows) * keep_R[:, None]
+        if self.cnn is not None:
+            image_ND = self.image_ND
+            if fresh_M is not None and len(fresh_M):
+                fresh_MD = self.images(items, fresh_M)
+                image_ND = image_ND.index_put((fresh_M,), fresh_MD)
+                self.image_ND[fresh_M] = fresh_MD.detach()
+            vector_RD = vector_RD + image_ND[rows]
+        if self.config.use_attributes:
+            vector_RD = vector_RD + self.category(items.category_NK[rows]) + self.title(items.title_NK[rows])
+            vector_RD = vector_RD + self.brand(items.brand_N[rows]) + self.price(items.price_N[rows])
+        return vector_RD * (rows > 0)[:, None]
+
+
+class BehaviourLSTM(nn.Module):
+    """What a visitor wants next, after each event: an LSTM over (item vector, action, time gap).
+
+    The last item's vector is added to the output: the LSTM then learns how the next item departs from the last one.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.lstm_width
+        self.action = nn.Embedding(len(ACTIONS) + 1, width, padding_idx=0)
+        self.gap = nn.Embedding(GAP_BUCKETS, width)
+        nn.init.normal_(self.action.weight, std=0.02)
+        nn.init.normal_(self.gap.weight, std=0.02)
+        self.dropout = nn.Dropout(config.dropout)
+        self.lstm = nn.LSTM(width, hidden, config.lstm_layers, batch_first=True)
+        self.project = nn.Linear(hidden, width)
+        self.residual = nn.Parameter(torch.ones(()))
+
+    def forward(self, item_BLD: Tensor, history: HistoryTensors) -> Tensor:
+        """[B, L, D] item vectors -> [B, L, D]; entry l has read events 0..l."""
+        gap_BL = torch.log2(history.gap_s_BL + 1).long().clamp_(max=GAP_BUCKETS - 1)
+        step_BLD = item_BLD + self.action(history.action_BL) + self.gap(gap_BL)
+        state_BLH, _ = self.lstm(self.dropout(step_BLD))
+        return self.project(self.dropout(state_BLH)) + self.residual * item_BLD
+
+
+def last_BD(values_BLD: Tensor, length_B: Tensor) -> Tensor:
+    """Each visitor's entry after the last real event; zeros without history. [B, L, D] -> [B, D]."""
+    at_B = (length_B - 1).clamp(min=0)
+    rows = torch.arange(len(at_B), device=at_B.device)
+    return values_BLD[rows, at_B] * (length_B > 0)[:, None]

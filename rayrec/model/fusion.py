@@ -1,0 +1,128 @@
+"""Fusion: scores of (visitor, candidate) from crossed features, so that taste changes the order of items.
+
+In: history, user vector, candidates and what is known of them. Out: logits per head. It must not know retrieval.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rayrec.config import ModelConfig
+from rayrec.model.encoders import HistoryTensors, ItemTable
+from rayrec.schema import ACTION_CODE
+
+HEADS = ("next", "purchase")
+TOUCHES = ("view", "click", "cart", "favorite", "purchase")
+HISTORY_DECAY = 0.9
+N_FEATURES = 15 + len(TOUCHES)
+
+
+class Fusion(nn.Module):
+    """An MLP over the element-wise product of user and item vectors and `features`, on top of their inner product.
+
+    A product keeps taste and item crossed where a concatenation would be additive (DCN-V2, Wang et al. 2021);
+    target attention follows DIN (Zhou et al. 2018). The last layer starts at zero, so that training departs from
+    the order of retrieval.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.query = nn.Linear(config.width, config.width, bias=False)
+        nn.init.eye_(self.query.weight)
+        self.normalise = nn.LayerNorm(config.width)
+        self.hidden = nn.Sequential(
+            nn.Linear(config.width + N_FEATURES, config.fusion_width), nn.ReLU(), nn.Dropout(0.1)
+        )
+        self.out = nn.Linear(config.fusion_width, len(HEADS))
+        self.linear = nn.Linear(N_FEATURES, len(HEADS))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.linear.weight)
+        with torch.no_grad():
+            self.linear.weight[:, 0] = 1.0
+        # Maps a list's logits to probabilities; fitted once training is done, it keeps the order.
+        self.calibration_H2: Tensor
+        self.register_buffer("calibration_H2", torch.tensor([[1.0, 0.0]]).repeat(len(HEADS), 1))
+
+    def forward(
+        self,
+        items: ItemTable,
+        history: HistoryTensors,
+        user_BD: Tensor,
+        candidate_BC: Tensor,
+        vector_ND: Tensor,
+        follow_BC2: Tensor,
+    ) -> Tensor:
+        """Logits [B, C, heads]; padding candidates get a value that the caller must mask.
+
+        follow_BC2: [B, C, 2], transition count and share of each candidate after the visitor's last items.
+        """
+        vector_BCD, past_BLD = vector_ND[candidate_BC], vector_ND[history.item_BL]
+        feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BC2)
+        crossed_BCD = self.normalise(user_BD[:, None] * vector_BCD)
+        return self.linear(feature_BCF) + self.out(self.hidden(torch.cat([crossed_BCD, feature_BCF], -1)))
+
+    def features(
+        self,
+        items: ItemTable,
+        history: HistoryTensors,
+        user_BD: Tensor,
+        candidate_BC: Tensor,
+        vector_BCD: Tensor,
+        past_BLD: Tensor,
+        follow_BC2: Tensor,
+    ) -> Tensor:
+        """[B, C, F] float32: how the candidate fits the visitor, each number at about unit scale."""
+        real_BL = history.item_BL > 0
+        steps_back_BL = (history.length_B[:, None] - 1 - torch.arange(real_BL.shape[1], device=real_BL.device)).clamp(0)
+        weight_BL = HISTORY_DECAY**steps_back_BL * real_BL
+        weight_BL = weight_BL / weight_BL.sum(1, keepdim=True).clamp(min=1e-6)
+
+        match_BCL = (candidate_BC[:, :, None] == history.item_BL[:, None, :]) & real_BL[:, None, :]
+        recency_BC = (match_BCL / (1.0 + steps_back_BL[:, None, :])).amax(2)
+        count_BC = match_BCL.sum(2)
+        touched = [(match_BCL & (history.action_BL == ACTION_CODE[name])[:, None, :]).any(2) for name in TOUCHES]
+
+        dot_BC = (vector_BCD @ user_BD[:, :, None]).squeeze(2)
+        last_BD = past_BLD[torch.arange(len(past_BLD)), (history.length_B - 1).clamp(min=0)]
+        attention_BCL = (vector_BCD @ self.query(past_BLD).transpose(1, 2)) / vector_BCD.shape[-1] ** 0.5
+        attention_BCL = attention_BCL.masked_fill(~real_BL[:, None, :], -1e4).softmax(2) * real_BL[:, None, :]
+        attended_BC = ((attention_BCL @ past_BLD) * vector_BCD).sum(2)
+
+        price_BC = items.price_scaled_N[candidate_BC]
+        usual_B1 = (items.price_scaled_N[history.item_BL] * weight_BL).sum(1, keepdim=True)
+        columns = [
+            dot_BC,
+            torch.log1p(follow_BC2[..., 0]),
+            torch.log(follow_BC2[..., 1] + 1e-4) / 4 + 1,
+            items.log_popularity_N[candidate_BC],
+            (count_BC > 0).float(),
+            recency_BC,
+            torch.log1p(count_BC),
+            _affinity(items.category_NK, candidate_BC, history.item_BL, weight_BL),
+            _affinity(items.brand_N[:, None], candidate_BC, history.item_BL, weight_BL),
+            (price_BC - usual_B1).abs(),
+            price_BC,
+            _cosine(vector_BCD, last_BD[:, None]),
+            attended_BC,
+            (~items.warm_N[candidate_BC]).float(),
+            torch.log1p(history.length_B.float())[:, None].expand_as(dot_BC) / 4,
+            *touched,
+        ]
+        return torch.stack([column.float() for column in columns], -1)
+
+
+def _affinity(code_NK: Tensor, candidate_BC: Tensor, past_BL: Tensor, weight_BL: Tensor) -> Tensor:
+    """Weighted share of the history that has the candidate's codes, mean over its codes. [B, C] float32."""
+    past_BLK, candidate_BCK = code_NK[past_BL], code_NK[candidate_BC]
+    share_BV = weight_BL.new_zeros(len(past_BL), int(code_NK.max()) + 1)
+    share_BV.scatter_add_(1, past_BLK.flatten(1), weight_BL[:, :, None].expand_as(past_BLK).flatten(1))
+    share_BV[:, 0] = 0
+    known_BCK = candidate_BCK > 0
+    got_BCK = share_BV.gather(1, candidate_BCK.flatten(1)).view_as(known_BCK)
+    return got_BCK.sum(2) / known_BCK.sum(2).clamp(min=1)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-6)

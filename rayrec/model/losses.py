@@ -1,0 +1,38 @@
+"""Losses over scores. In: scores and targets. Out: a scalar. They must not know where scores come from."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def full_softmax(user_PD: Tensor, item_ND: Tensor, target_P: Tensor, allowed_N: Tensor) -> Tensor:
+    """Cross-entropy over the whole catalogue, mean over positions.
+
+    target_P: [P] int64 rows of item_ND. allowed_N: [N] bool; other items are no candidates, so that items without
+    training events are not taught to be bad. With cross-entropy over many negatives recurrent models compete with
+    transformers (Hidasi and Karatzoglou 2018; Klenitskiy and Vasilev 2023).
+    """
+    score_PN = (user_PD @ item_ND.T).masked_fill(~allowed_N, float("-inf"))
+    return F.cross_entropy(score_PN, target_P)
+
+
+def sampled_softmax(
+    user_PD: Tensor, target_PD: Tensor, negative_MD: Tensor, target_P: Tensor, negative_M: Tensor, log_q_N: Tensor
+) -> Tensor:
+    """Cross-entropy over the target and M negatives shared by the batch, corrected by log Q (Bengio and Senecal 2008).
+
+    log_q_N: [N + 1] log probability with which an item is sampled. A negative equal to the target does not count.
+    """
+    positive_P = (user_PD * target_PD).sum(1) - log_q_N[target_P]
+    negative_PM = user_PD @ negative_MD.T - log_q_N[negative_M]
+    negative_PM = negative_PM.masked_fill(target_P[:, None] == negative_M, float("-inf"))
+    score_P1M = torch.cat([positive_P[:, None], negative_PM], 1)
+    return F.cross_entropy(score_P1M, torch.zeros_like(target_P))
+
+
+def listwise(score_BC: Tensor, target_B: Tensor, weight_B: Tensor) -> Tensor:
+    """Softmax cross-entropy over each list, weighted mean (ListNet, Cao et al. 2007). target_B: place in the list."""
+    loss_B = F.cross_entropy(score_BC, target_B, reduction="none")
+    return (loss_B * weight_B).sum() / weight_B.sum().clamp(min=1e-6)

@@ -1,0 +1,21 @@
+"""Sampling of negative items. In: training counts. Out: item indices and their log probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class NegativeSampler:
+    """Draws items with probability proportional to count ** alpha, among items with training events."""
+
+    def __init__(self, n_train_N: Tensor, alpha: float = 0.5) -> None:
+        weight_N = n_train_N.double().clamp(min=0) ** alpha * (n_train_N > 0)
+        total = weight_N.sum().clamp(min=1e-12)
+        self.cumulative_N = (weight_N / total).cumsum(0)
+        self.log_q_N = (weight_N / total).clamp(min=1e-12).log().float()
+
+    def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """[n] int64 item indices, drawn with replacement."""
+        draw = torch.rand(n, generator=generator, dtype=torch.float64)
+        return torch.searchsorted(self.cumulative_N, draw).clamp_(max=len(self.cumulative_N) - 1)

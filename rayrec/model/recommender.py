@@ -1,0 +1,169 @@
+"""The default model: item encoder, LSTM and fusion, and what every kind of model can do.
+
+In: batches. Out: losses, user and item vectors, logits. It must not know files or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rayrec.catalogue import Catalogue
+from rayrec.config import Config
+from rayrec.model.encoders import BehaviourLSTM, HistoryTensors, ItemEncoder, ItemTable, last_BD
+from rayrec.model.fusion import HEADS, Fusion
+from rayrec.model.losses import full_softmax, listwise, sampled_softmax
+from rayrec.model.negatives import NegativeSampler
+from rayrec.model.paper import PaperModel
+
+SAMPLED_NEGATIVES = 1024
+
+
+@dataclass(frozen=True)
+class NextItems:
+    """A training batch of the first stage: after each event, the item that came next.
+
+    target_BL: [B, L] int64, 0 where there is none or it is withheld.
+    """
+
+    history: HistoryTensors
+    target_BL: Tensor
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A training batch of the second stage: candidates that retrieval returned, and which one came next.
+
+    candidate_BC: [B, C] int64, 0 padding. follow_BC2: [B, C, 2]. target_B: [B] int64, place of the right one in its
+    list. purchase_B: [B] bool, it was a purchase.
+    """
+
+    history: HistoryTensors
+    candidate_BC: Tensor
+    follow_BC2: Tensor
+    target_B: Tensor
+    purchase_B: Tensor
+
+
+class Recommender(nn.Module):
+    """Retrieval by inner product (item encoder and LSTM), then fusion over what was retrieved."""
+
+    heads: tuple[str, ...] = HEADS
+
+    def __init__(self, config: Config, items: ItemTable, n_train_N: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.items = items
+        n_items = len(items.brand_N) - 1
+        n_categories, n_brands = int(items.category_NK.max()) + 1, int(items.brand_N.max()) + 1
+        self.item_encoder = ItemEncoder(config.model, n_items, n_categories, n_brands)
+        self.behaviour = BehaviourLSTM(config.model)
+        self.fusion = Fusion(config.model)
+        self.sampler = NegativeSampler(n_train_N)
+        self.sampled = config.train.negatives or (
+            SAMPLED_NEGATIVES if n_items > config.train.full_softmax_below else 0
+        )
+        # The fusion trains on frozen vectors; they are set when the first stage is done.
+        self.vector_ND: Tensor | None = None
+
+    def forward(self, batch: NextItems | Lists) -> Tensor:
+        """The batch's loss. One entry for both stages, so that a data-parallel wrapper sees every call."""
+        return self._retrieval_loss(batch) if isinstance(batch, NextItems) else self._fusion_loss(batch)
+
+    def _retrieval_loss(self, batch: NextItems) -> Tensor:
+        real_BL = batch.target_BL > 0
+        target_P = batch.target_BL[real_BL]
+        if not len(target_P):
+            return sum((p.sum() * 0 for p in self.parameters()), torch.zeros(()))
+        fresh_M = self._fresh_images(torch.cat([batch.history.item_BL.flatten(), target_P]))
+        if not self.sampled:
+            vector_ND = self.item_encoder(self.items, fresh_M=fresh_M)
+            user_BLD = self.behaviour(vector_ND[batch.history.item_BL], batch.history)
+            return full_softmax(user_BLD[real_BL], vector_ND, target_P, self.items.warm_N)
+        negative_M = self.sampler(self.sampled).to(target_P.device)
+        used = torch.cat([batch.history.item_BL.flatten(), target_P, negative_M])
+        row_R, place = used.unique(return_inverse=True)
+        vector_RD = self.item_encoder(self.items, row_R, fresh_M)
+        n_past, n_target = batch.history.item_BL.numel(), len(target_P)
+        past_BLD = vector_RD[place[:n_past]].view(*batch.history.item_BL.shape, -1)
+        user_PD = self.behaviour(past_BLD, batch.history)[real_BL]
+        target_PD, negative_MD = vector_RD[place[n_past : n_past + n_target]], vector_RD[place[n_past + n_target :]]
+        log_q_N = self.sampler.log_q_N.to(target_P.device)
+        return sampled_softmax(user_PD, target_PD, negative_MD, target_P, negative_M, log_q_N)
+
+    def _fresh_images(self, item_P: Tensor) -> Tensor | None:
+        """Distinct items of the batch with a picture, at most `image_budget` of them, at random."""
+        if self.item_encoder.cnn is None or not self.config.train.image_budget:
+            return None
+        distinct = item_P.unique()
+        distinct = distinct[self.items.image_row_N[distinct] >= 0]
+        return distinct[torch.randperm(len(distinct), device=distinct.device)[: self.config.train.image_budget]]
+
+    def _fusion_loss(self, batch: Lists) -> Tensor:
+        assert self.vector_ND is not None, "set vector_ND before training the fusion"
+        with torch.no_grad():
+            user_BD = self.encode_users(batch.history, self.vector_ND)
+        logit_BCH = self.fuse(batch.history, user_BD, batch.candidate_BC, self.vector_ND, batch.follow_BC2)
+        logit_BCH = logit_BCH.masked_fill((batch.candidate_BC == 0)[..., None], -1e4)
+        next_loss = listwise(logit_BCH[..., 0], batch.target_B, torch.ones_like(logit_BCH[:, 0, 0]))
+        return next_loss + listwise(logit_BCH[..., 1], batch.target_B, batch.purchase_B.float())
+
+    def refresh(self) -> None:
+        """Bring what is cached between steps (picture vectors) up to date with the weights."""
+        self.item_encoder.refresh_images(self.items)
+
+    @torch.no_grad()
+    def encode_items(self) -> Tensor:
+        """Vectors of all items, row 0 zeros. [N + 1, D] float32."""
+        was_training = self.training
+        self.eval()
+        self.refresh()
+        vector_ND = self.item_encoder(self.items)
+        self.train(was_training)
+        return vector_ND
+
+    def encode_users(self, history: HistoryTensors, vector_ND: Tensor) -> Tensor:
+        """What each visitor wants next. [B, D] float32; zeros without history."""
+        return last_BD(self.behaviour(vector_ND[history.item_BL], history), history.length_B)
+
+    def fuse(
+        self, history: HistoryTensors, user_BD: Tensor, candidate_BC: Tensor, vector_ND: Tensor, follow_BC2: Tensor
+    ) -> Tensor:
+        """Logits of every head. [B, C, heads]."""
+        return self.fusion(self.items, history, user_BD, candidate_BC, vector_ND, follow_BC2)
+
+    def calibrated(self, logit_BCH: Tensor) -> Tensor:
+        """Probabilities in (0, 1), in the order of the logits."""
+        calibration_H2 = self.fusion.calibration_H2
+        return torch.sigmoid(logit_BCH * calibration_H2[:, 0] + calibration_H2[:, 1])
+
+    def stage_parameters(self, stage: str) -> list[nn.Parameter]:
+        """The parameters that stage "retrieval" or "fusion" trains."""
+        fusion = list(self.fusion.parameters())
+        return fusion if stage == "fusion" else [p for p in self.parameters() if all(p is not q for q in fusion)]
+
+
+def build(
+    config: Config,
+    catalogue: Catalogue,
+    image_item_M: np.ndarray | None = None,
+    pixels_MHWC: np.ndarray | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Recommender | PaperModel:
+    """The model that `config` describes, for the items of `catalogue`; with `weights`, a trained one.
+
+    Without images (in serving) the picture encoder is there and encodes nothing.
+    """
+    size = config.model.image_size
+    if image_item_M is None or pixels_MHWC is None:
+        image_item_M, pixels_MHWC = np.empty(0, np.int64), np.empty((0, size, size, 3), np.uint8)
+    items = ItemTable(catalogue, image_item_M, pixels_MHWC, size)
+    kind = PaperModel if config.model.kind == "paper" else Recommender
+    model = kind(config, items, torch.from_numpy(catalogue.n_train))
+    if weights is not None:
+        model.load_state_dict(dict(weights))
+    return model
