@@ -1,7 +1,7 @@
 """Shared state in one SQLite file: the default, for one machine and any number of processes.
 
 In: values of `protocol`. Out: the same. It must not know who reads or writes. WAL lets readers and one writer
-work at once; every write is one short IMMEDIATE transaction; deleted content is overwritten (`secure_delete`).
+work at once; a write is one short IMMEDIATE transaction; deleted content is overwritten (`secure_delete`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from rayrec.errors import StateError, UsageError
@@ -58,8 +59,8 @@ CREATE INDEX events_marked ON events (visitor, action, item_id) WHERE {MARKED};
 CREATE INDEX events_visitor ON events (visitor);
 CREATE TABLE shown (
   seq INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, visitor TEXT NOT NULL,
-  time_ms INTEGER NOT NULL, scene TEXT NOT NULL, model TEXT NOT NULL, served_by TEXT NOT NULL, item_ids TEXT NOT NULL,
-  propensities TEXT NOT NULL);
+  time_ms INTEGER NOT NULL, scene TEXT NOT NULL, model TEXT NOT NULL, served_by TEXT NOT NULL,
+  item_ids TEXT NOT NULL, propensities TEXT NOT NULL);
 CREATE INDEX shown_visitor ON shown (visitor);
 CREATE INDEX shown_request ON shown (request_id);
 CREATE TABLE joins (session TEXT PRIMARY KEY, visitor TEXT NOT NULL) WITHOUT ROWID;
@@ -148,8 +149,7 @@ class SqliteState:
         bought: defaultdict[str, int] = defaultdict(int)
         hidden = set()
         for item_id, action, n in db.execute(
-            f"SELECT item_id, action, count(*) FROM events WHERE visitor = ? AND {MARKED} "
-            "GROUP BY action, item_id",
+            f"SELECT item_id, action, count(*) FROM events WHERE visitor = ? AND {MARKED} GROUP BY action, item_id",
             (visitor,),
         ):
             if action in ("hide", "dislike"):
@@ -185,12 +185,10 @@ class SqliteState:
         with self._read() as db:
             events = _rows(db, "events", EVENT_COLUMNS, visitor)
             shown = _rows(db, "shown", SHOWN_COLUMNS, visitor)
-            sessions = db.execute(
-                "SELECT session FROM joins WHERE visitor = ? ORDER BY session", (visitor,)
-            ).fetchall()
+            sessions = db.execute("SELECT session FROM joins WHERE visitor = ? ORDER BY session", (visitor,)).fetchall()
         return UserRecord(
             events=[Event(*row) for row in events],
-            shown=[Shown(*row[:-2], tuple(json.loads(row[-2])), tuple(json.loads(row[-1]))) for row in shown],
+            shown=[_shown(row) for row in shown],
             sessions=[session.removeprefix(SESSION_PREFIX) for (session,) in sessions],
         )
 
@@ -270,10 +268,7 @@ class SqliteState:
         """See `protocol.State`."""
         tables = {"events": "events", "shown": "shown", "erased": "tombstones"}
         with self._read() as db:
-            return {
-                name: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-                for name, table in tables.items()
-            }
+            return {name: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for name, table in tables.items()}
 
     def close(self) -> None:
         """See `protocol.State`."""
@@ -293,9 +288,7 @@ class SqliteState:
                 db.execute("INSERT INTO secrets VALUES ('tombstones', ?)", (secrets.token_bytes(32),))
                 db.execute(f"PRAGMA user_version = {VERSION}")
             elif version != VERSION:
-                raise StateError(
-                    f"written by another version of rayrec ({version}, this one reads {VERSION})"
-                )
+                raise StateError(f"written by another version of rayrec ({version}, this one reads {VERSION})")
 
     def _secret(self, name: str) -> bytes:
         with self._read() as db:
@@ -308,9 +301,7 @@ class SqliteState:
         """When each visitor that was erased was erased."""
         found = {}
         for visitor in visitors:
-            row = db.execute(
-                "SELECT erased_ms FROM tombstones WHERE digest = ?", (self._digest(visitor),)
-            ).fetchone()
+            row = db.execute("SELECT erased_ms FROM tombstones WHERE digest = ?", (self._digest(visitor),)).fetchone()
             if row is not None:
                 found[visitor] = int(row[0])
         return found
@@ -367,6 +358,11 @@ class SqliteState:
 def _rows(db: sqlite3.Connection, table: str, columns: Sequence[str], visitor: str) -> list[tuple[Any, ...]]:
     query = f"SELECT {','.join(columns)} FROM {table} WHERE visitor = ? ORDER BY time_ms, seq"
     return db.execute(query, (visitor,)).fetchall()
+
+
+def _shown(row: tuple[Any, ...]) -> Shown:
+    item_ids, propensities = (tuple(json.loads(text)) for text in row[-2:])
+    return Shown(*(*row[:-2], item_ids, propensities))
 
 
 def _announce(db: sqlite3.Connection, kind: str, key: str) -> None:

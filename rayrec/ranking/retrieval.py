@@ -1,0 +1,191 @@
+"""Candidates: which few hundred items are worth scoring for a visitor, and which source proposed each.
+
+In: visitors' vectors, their newest items, the items at hand. Out: merged candidates with their sources.
+It must not know requests, rules or scores. Every source is exact and returns its best first.
+
+Axes: B requests, C candidates, N + 1 catalogue rows (0 is padding), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+from rayrec.catalogue import Catalogue
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Floats: TypeAlias = npt.NDArray[np.float32]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+NEW_BELOW: Final = 5  # training events: an item with fewer is new
+RECENT: Final = 10  # newest distinct items that co-occurrence starts from
+FADE: Final = 0.8  # weight of each older one, relative to the next newer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What retrieval knows of B requests.
+
+    user_BD: visitors' vectors, None if the model failed. known_B: the visitor has a history.
+    recent: newest distinct items of each visitor, newest first. anchors: the items at hand (on the page,
+    in the cart).
+    """
+
+    user_BD: Floats | None
+    known_B: Bools
+    recent: Sequence[Ints]
+    anchors: Sequence[Ints]
+
+    def __len__(self) -> int:
+        return len(self.known_B)
+
+    def take(self, rows: Sequence[int]) -> Asked:
+        """Only the requests `rows`."""
+        return Asked(
+            user_BD=None if self.user_BD is None else self.user_BD[list(rows)],
+            known_B=self.known_B[list(rows)],
+            recent=[self.recent[row] for row in rows],
+            anchors=[self.anchors[row] for row in rows],
+        )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Items proposed for one request, ascending, each once.
+
+    item_C [C] int64; source_C [C] int64: bit s is set if `sources[s]` proposed the item.
+    """
+
+    item_C: Ints
+    source_C: Ints
+    sources: tuple[str, ...]
+
+    def names(self, bits: int) -> list[str]:
+        """The sources that `bits` stands for."""
+        return [name for s, name in enumerate(self.sources) if bits >> s & 1]
+
+
+class Retriever:
+    """All sources over one catalogue. Items that left the catalogue are never proposed."""
+
+    def __init__(self, catalogue: Catalogue, vectors_ND: Floats, cooccurrence: sp.csr_matrix) -> None:
+        self.vectors_ND, self.cooccurrence = vectors_ND, cooccurrence
+        length_N = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+        self.unit_ND: Floats = (vectors_ND / np.maximum(length_N, 1e-12)).astype(np.float32)
+        self.sellable_N = sellable(catalogue)
+        by_events = np.argsort(-catalogue.n_train, kind="stable")
+        self._popular = by_events[self.sellable_N[by_events]]
+        self._new = np.flatnonzero(self.sellable_N & (catalogue.n_train < NEW_BELOW))
+
+    def retrieve(
+        self, asked: Asked, sources: Sequence[str], n: int, only: Sequence[Bools] | None = None
+    ) -> list[Candidates]:
+        """Up to `n` items of each source for each request, merged. `only`: a mask [N + 1] of each request."""
+        masks = [self.sellable_N] * len(asked) if only is None else [self.sellable_N & mask for mask in only]
+        found = [SOURCES[name](self, asked, n, masks) for name in sources]
+        return [_merge([items[b] for items in found], tuple(sources)) for b in range(len(asked))]
+
+    def _nearest_to_user(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
+        if asked.user_BD is None:
+            return [_NONE] * len(asked)
+        scores_BN = asked.user_BD @ self.vectors_ND.T
+        return [_best(scores_BN[b], masks[b], n) if asked.known_B[b] else _NONE for b in range(len(asked))]
+
+    def _following(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
+        weight_BN = self.following(asked.recent)
+        return [_best_of_row(weight_BN, b, masks[b], n) for b in range(len(asked))]
+
+    def following(self, recent: Sequence[Ints]) -> sp.csr_matrix:
+        """How strongly each item follows each visitor's newest items, older ones faded. [B, N + 1] sparse."""
+        item_E = np.concatenate([*recent, _NONE])
+        bounds = np.concatenate([[0], np.cumsum([len(items) for items in recent], dtype=np.int64)])
+        age_E = np.arange(len(item_E)) - np.repeat(bounds[:-1], np.diff(bounds))
+        weight_E = (FADE**age_E).astype(np.float32)
+        start_BN = sp.csr_matrix((weight_E, item_E, bounds), shape=(len(recent), self.cooccurrence.shape[0]))
+        return start_BN @ self.cooccurrence
+
+    def _most_popular(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
+        return [self._popular[mask[self._popular]][:n] for mask in masks]
+
+    def _newcomers(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
+        """New items: those nearest to the visitor, or the latest rows of the catalogue for an unknown one."""
+        found = []
+        for b, mask in enumerate(masks):
+            new = self._new[mask[self._new]]
+            if asked.user_BD is not None and asked.known_B[b]:
+                found.append(new[_order(self.vectors_ND[new] @ asked.user_BD[b], n)])
+            else:
+                found.append(new[::-1][:n])
+        return found
+
+    def _related(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
+        """Nearest to the items at hand by vector and by co-occurrence, half and half."""
+        follows_BN = self.following(asked.anchors)
+        found = []
+        for b, anchors in enumerate(asked.anchors):
+            if not len(anchors):
+                found.append(_NONE)
+                continue
+            near = _best(self.unit_ND @ self.unit_ND[anchors].mean(axis=0), masks[b], n)
+            follow = _best_of_row(follows_BN, b, masks[b], n // 2)
+            found.append(np.concatenate([follow, near[: n - len(follow)]]))
+        return found
+
+
+Source: TypeAlias = Callable[[Retriever, Asked, int, Sequence[Bools]], list[Ints]]
+
+SOURCES: Final[dict[str, Source]] = {
+    "model": Retriever._nearest_to_user,
+    "cooccurrence": Retriever._following,
+    "popular": Retriever._most_popular,
+    "new": Retriever._newcomers,
+    "related": Retriever._related,
+}
+"""Every source by the name that scenes use."""
+
+_NONE: Final = np.empty(0, np.int64)
+
+
+def sellable(catalogue: Catalogue) -> Bools:
+    """Items that may be shown: those in the catalogue, or all where logs came without one. [N + 1] bool."""
+    listed = catalogue.table["in_catalogue"].to_numpy(zero_copy_only=False).astype(bool)
+    return np.concatenate([[False], listed if listed.any() else ~listed])
+
+
+def _best(scores_N: Floats, mask_N: Bools, n: int) -> Ints:
+    """The `n` highest scores within the mask, best first; ties by row."""
+    rows = np.flatnonzero(mask_N)
+    return rows[_order(scores_N[rows], n)]
+
+
+def _best_of_row(weight_BN: sp.csr_matrix, b: int, mask_N: Bools, n: int) -> Ints:
+    """The `n` highest weights of one sparse row within the mask, best first."""
+    inside = slice(weight_BN.indptr[b], weight_BN.indptr[b + 1])
+    items, weights = weight_BN.indices[inside].astype(np.int64), weight_BN.data[inside]
+    keep = mask_N[items] & (weights > 0)
+    items = items[keep]
+    return items[_order(weights[keep], n)]
+
+
+def _order(scores: Floats, n: int) -> Ints:
+    """Places of the `n` highest scores, best first; NaN counts as lowest; ties by place."""
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    places: Ints = np.arange(len(scores))
+    if n < len(scores):
+        places = np.argpartition(-scores, n)[:n]
+    ordered: Ints = places[np.lexsort((places, -scores[places]))]
+    return ordered
+
+
+def _merge(found: Sequence[Ints], sources: tuple[str, ...]) -> Candidates:
+    item_E = np.concatenate([*found, _NONE])
+    bit_E = np.repeat(1 << np.arange(len(found)), [len(items) for items in found])
+    item_C, place_E = np.unique(item_E, return_inverse=True)
+    source_C = np.zeros(len(item_C), np.int64)
+    np.bitwise_or.at(source_C, place_E, bit_E)
+    return Candidates(item_C, source_C, sources)

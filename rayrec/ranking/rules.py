@@ -1,0 +1,112 @@
+"""Rules: which candidates may be shown, and why the others may not.
+
+In: items, a request's filters, what the visitor bought or hid. Out: a mask and counts of what was removed by
+reason. It must not know scores. An item that several rules forbid is counted once, under the first of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from rayrec.catalogue import Catalogue
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What the caller wants to see. Empty means anything; several values of one filter mean any of them."""
+
+    category: tuple[str, ...] = ()
+    brand: tuple[str, ...] = ()
+    item_type: tuple[str, ...] = ()
+    price_min: float | None = None
+    price_max: float | None = None
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Forbidden:
+    """Item ids that this visitor must not be shown now, by reason, in order of precedence."""
+
+    context: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
+    bought: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
+
+
+class Rules:
+    """Rules over one catalogue."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+
+    def apply(self, item_C: Ints, filters: Filters, forbidden: Forbidden) -> tuple[Bools, dict[str, int]]:
+        """Which items may be shown ([C] bool), and how many each reason removed.
+
+        An item without a price passes no price filter, one without a category no category filter, and so on.
+        """
+        keep_C = np.ones(len(item_C), bool)
+        removed: dict[str, int] = {}
+
+        def forbid(reason: str, bad_C: Bools) -> None:
+            n = int(np.count_nonzero(bad_C & keep_C))
+            if n:
+                removed[reason] = n
+                keep_C[bad_C] = False
+
+        for reason in ("context", "excluded", "hidden", "bought", "seen"):
+            rows = self._rows(getattr(forbidden, reason))
+            if len(rows):
+                forbid(reason, np.isin(item_C, rows))
+        for reason, rows_of, names in (
+            ("category", self._in_category, filters.category),
+            ("brand", self._of_brand, filters.brand),
+            ("item_type", {}, filters.item_type),  # catalogues hold no item type yet, so no item is of one
+        ):
+            if names:
+                wanted = np.concatenate([rows_of.get(name, _NONE) for name in names])
+                forbid(reason, ~np.isin(item_C, wanted))
+        price_C = self.catalogue.price[item_C]
+        if filters.price_min is not None:
+            forbid("price", ~(price_C >= filters.price_min))
+        if filters.price_max is not None:
+            forbid("price", ~(price_C <= filters.price_max))
+        return keep_C, removed
+
+    def mask(self, filters: Filters, forbidden: Forbidden) -> Bools:
+        """The whole catalogue under the same rules. [N + 1] bool."""
+        return self.apply(np.arange(len(self.catalogue) + 1), filters, forbidden)[0]
+
+    def _rows(self, item_ids: Iterable[str]) -> Ints:
+        index = self.catalogue.index
+        return np.array([index[item_id] for item_id in item_ids if item_id in index], np.int64)
+
+    @cached_property
+    def _in_category(self) -> dict[str, Ints]:
+        return _rows_by_name(self.catalogue.table["category"].to_pylist(), split=True)
+
+    @cached_property
+    def _of_brand(self) -> dict[str, Ints]:
+        return _rows_by_name(self.catalogue.table["brand"].to_pylist(), split=False)
+
+
+_NONE = np.empty(0, np.int64)
+
+
+def _rows_by_name(names: list[str | None], *, split: bool) -> dict[str, Ints]:
+    """Catalogue rows of each name; with `split`, "a|b" counts for "a", for "b" and for "a|b"."""
+    rows: defaultdict[str, set[int]] = defaultdict(set)
+    for row, name in enumerate(names, start=1):
+        if name:
+            for part in {name, *name.split("|")} if split else {name}:
+                rows[part].add(row)
+    return {name: np.array(sorted(found), np.int64) for name, found in rows.items()}
