@@ -9,6 +9,7 @@ Axes: B requests, C candidates, M of them re-ranked, N + 1 catalogue rows, D wid
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,10 +25,12 @@ from rayrec.config import SceneConfig, ServeConfig
 from rayrec.errors import UsageError
 from rayrec.history import HistoryBatch, encode_history
 from rayrec.ranking.explain import Explainer
-from rayrec.ranking.retrieval import SOURCES, Asked, Candidates, Floats, Ints, Retriever
-from rayrec.ranking.rules import Filters, Rules
+from rayrec.ranking.explore import explore
+from rayrec.ranking.rerank import diversify
+from rayrec.ranking.retrieval import RECENT, SOURCES, Asked, Candidates, Floats, Ints, Retriever
+from rayrec.ranking.rules import Filters, Forbidden, Rules
 from rayrec.schema import ACTION_CODE, ENGAGEMENTS
-from rayrec.state.protocol import Act, History, State
+from rayrec.state.protocol import Act, History, Shown, State
 
 log = logging.getLogger(__name__)
 
