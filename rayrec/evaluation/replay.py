@@ -1,0 +1,293 @@
+"""The replay: asks rankers what a visitor did next, under each protocol, and keeps the ranks of the right items.
+
+In: rankers and visitors' sequences. Out: a table of answers (ANSWER_SCHEMA), one row a ranker, protocol and user.
+It must not know where sequences come from, nor average anything. An answer depends on its user alone: it is the
+same in any shard and any batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from rayrec.data.training_events import flat
+from rayrec.evaluation.floors import Ranker
+from rayrec.evaluation.metrics import SHOWN, Scores, nan_is_worst, ranks, ranks_unseen, top
+from rayrec.history import HistoryBatch, Ints, encode_history
+
+Split: TypeAlias = Literal["test", "valid"]
+
+PROTOCOLS = ("metrics", "next", "purchase", "pointwise")
+"""metrics: the next item, if it is new to the user, among new ones. next: the next item, among all. purchase: the
+next purchase, given all before it, among all. pointwise: the next item against NEGATIVES sampled ones."""
+
+NEGATIVES = 100
+
+ANSWER_SCHEMA = pa.schema(
+    [
+        pa.field("ranker", pa.string(), nullable=False),
+        pa.field("protocol", pa.string(), nullable=False),
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("target", pa.int64(), nullable=False),  # item index
+        pa.field("history", pa.int64(), nullable=False),  # events before the target, all of them
+        pa.field("rank", pa.int64(), nullable=False),  # 0 under pointwise
+        pa.field("shown", pa.list_(pa.int64()), nullable=False),  # SHOWN items, 0 is nothing; empty under pointwise
+        pa.field("score", pa.list_(pa.float64()), nullable=False),  # the target's, then the others'; else empty
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What is asked and how.
+
+    max_len: newest events of history that a ranker reads. batch: users a call. hash_limit: ask only users whose
+    `user_hash` is at most this (a sample that does not depend on shards).
+    """
+
+    split: Split
+    n_items: int
+    clock: str
+    max_len: int
+    batch: int = 256
+    protocols: tuple[str, ...] = PROTOCOLS
+    seed: int = 0
+    hash_limit: int = 2**64
+
+
+def replay(rankers: Mapping[str, Ranker], sequences: pa.Table, settings: ReplaySettings) -> pa.Table:
+    """Ask every ranker about every tested user of `sequences` (SEQUENCE_SCHEMA). Rows of ANSWER_SCHEMA.
+
+    A target item outside 1..n_items raises ValueError: the ranker and the dataset do not belong together.
+    """
+    visitors = Visitors.of(sequences)
+    places = target_places(sequences, visitors, settings)
+    candidates = _sampled_candidates(visitors, places.get("pointwise"), settings)
+    parts = [
+        answer
+        for name, ranker in rankers.items()
+        for answer in _replay_one(name, ranker, visitors, places, candidates, settings)
+    ]
+    return pa.concat_tables(parts) if parts else ANSWER_SCHEMA.empty_table()
+
+
+# ---------------------------------------------------------------- who is asked what
+
+
+@dataclass(frozen=True)
+class Visitors:
+    """Sequences laid end to end: row u's events are offsets[u] : offsets[u + 1]."""
+
+    user_U: npt.NDArray[np.object_]
+    item_A: Ints
+    action_A: Ints
+    time_ms_A: Ints
+    offsets: Ints
+
+    @classmethod
+    def of(cls, sequences: pa.Table) -> Visitors:
+        """From a table of SEQUENCE_SCHEMA."""
+        item_A, offsets = flat(sequences, "item")
+        return cls(
+            user_U=sequences["user_id"].to_numpy(zero_copy_only=False),
+            item_A=item_A,
+            action_A=flat(sequences, "action")[0],
+            time_ms_A=flat(sequences, "time_ms")[0],
+            offsets=offsets,
+        )
+
+    def before(self, row_B: Ints, place_B: Ints) -> tuple[Ints, Ints]:
+        """The events before each place: their index into the flat arrays [E], and offsets [B + 1]."""
+        offsets_B = np.concatenate([[0], np.cumsum(place_B)])
+        start_E = np.repeat(self.offsets[row_B] - offsets_B[:-1], place_B)
+        return start_E + np.arange(offsets_B[-1]), offsets_B
+
+    def at(self, row_B: Ints, place_B: Ints) -> Ints:
+        """The item at each place. [B]"""
+        return self.item_A[self.offsets[row_B] + place_B]
+
+
+def target_places(sequences: pa.Table, visitors: Visitors, settings: ReplaySettings) -> dict[str, Ints]:
+    """The place of each row's target under each protocol of the settings, -1 for none. [U] each."""
+    next_U = np.asarray(sequences[f"{settings.split}_at"], np.int64)
+    purchase_U = np.asarray(sequences[f"purchase_{settings.split}_at"], np.int64)
+    if settings.hash_limit < 2**64:
+        asked_U = np.array([user_hash(user, settings.seed) <= settings.hash_limit for user in visitors.user_U], bool)
+        next_U, purchase_U = np.where(asked_U, next_U, -1), np.where(asked_U, purchase_U, -1)
+    new_U = np.where(_is_new(visitors, next_U), next_U, -1)
+    place_of = {"metrics": new_U, "next": next_U, "purchase": purchase_U, "pointwise": next_U}
+    for place_U in (next_U, purchase_U):
+        row = np.flatnonzero(place_U >= 0)
+        target = visitors.at(row, place_U[row])
+        if len(target) and not 1 <= target.min() <= target.max() <= settings.n_items:
+            raise ValueError(f"targets go from {target.min()} to {target.max()}, items from 1 to {settings.n_items}")
+    return {protocol: place_of[protocol] for protocol in settings.protocols}
+
+
+def user_hash(user_id: str, seed: int) -> int:
+    """A number in [0, 2**64) that seeds what is random about a user, the same on every machine."""
+    digest = hashlib.blake2b(user_id.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _is_new(visitors: Visitors, place_U: Ints) -> npt.NDArray[np.bool_]:
+    """Whether the item at each row's place does not occur before it. [U]; False where place is -1."""
+    row = np.flatnonzero(place_U >= 0)
+    event, offsets = visitors.before(row, place_U[row])
+    asker = np.repeat(np.arange(len(row)), np.diff(offsets))
+    again = visitors.item_A[event] == visitors.at(row, place_U[row])[asker]
+    new_U = np.zeros(len(place_U), bool)
+    new_U[row] = np.bincount(asker[again], minlength=len(row)) == 0
+    return new_U
+
+
+def _sampled_candidates(visitors: Visitors, place_U: Ints | None, settings: ReplaySettings) -> Ints:
+    """The target and up to NEGATIVES other items, drawn evenly without replacement. [U, C], 0 where not asked.
+
+    Items the user has seen may be drawn: the target may be one of them too.
+    """
+    others = max(min(NEGATIVES, settings.n_items - 1), 0)
+    candidate_UC = np.zeros((len(visitors.user_U), others + 1), np.int64)
+    if place_U is None:
+        return candidate_UC
+    for row in np.flatnonzero(place_U >= 0):
+        target = visitors.item_A[visitors.offsets[row] + place_U[row]]
+        rng = np.random.default_rng(user_hash(visitors.user_U[row], settings.seed))
+        drawn = rng.choice(settings.n_items - 1, others, replace=False) + 1
+        candidate_UC[row, 0] = target
+        candidate_UC[row, 1:] = drawn + (drawn >= target)
+    return candidate_UC
+
+
+# ---------------------------------------------------------------- asking
+
+
+def _replay_one(
+    name: str,
+    ranker: Ranker,
+    visitors: Visitors,
+    places: Mapping[str, Ints],
+    candidates: Ints,
+    settings: ReplaySettings,
+) -> Iterator[pa.Table]:
+    """All answers of one ranker. Protocols that share head, user and place share one call."""
+    heads = {protocol: _head(ranker, protocol) for protocol in places}
+    for head in sorted(set(heads.values())):
+        asked = [protocol for protocol in places if heads[protocol] == head]
+        row_Q, place_Q = _distinct_questions([places[protocol] for protocol in asked])
+        for start in range(0, len(row_Q), settings.batch):
+            row_B, place_B = row_Q[start : start + settings.batch], place_Q[start : start + settings.batch]
+            question = Question.ask(visitors, row_B, place_B, settings)
+            ranked = [protocol for protocol in asked if protocol != "pointwise"]
+            scores_BN = _all_scores(ranker, question.history, head, settings) if ranked else None
+            for protocol in asked:
+                chosen_B = places[protocol][row_B] == place_B
+                if not chosen_B.any():
+                    continue
+                if protocol == "pointwise":
+                    score_BC = ranker.score(question.history, candidates[row_B], head)
+                    yield question.scored(name, score_BC, chosen_B)
+                elif scores_BN is not None:
+                    yield question.ranked(name, protocol, scores_BN, chosen_B)
+
+
+def _head(ranker: Ranker, protocol: str) -> str:
+    wanted = "purchase" if protocol == "purchase" else "next"
+    return wanted if wanted in ranker.heads else ranker.heads[0]
+
+
+def _all_scores(ranker: Ranker, history: HistoryBatch, head: str, settings: ReplaySettings) -> Scores:
+    scores_BN = ranker.rank_all(history, head)
+    if scores_BN.shape != (len(history), settings.n_items + 1):
+        raise ValueError(
+            f"the ranker gave scores of shape {scores_BN.shape} for {len(history)} users and {settings.n_items} items"
+        )
+    return nan_is_worst(scores_BN)
+
+
+def _distinct_questions(places: list[Ints]) -> tuple[Ints, Ints]:
+    """The different (row, place) of some protocols, in order."""
+    pairs = np.concatenate([np.stack([np.arange(len(place_U)), place_U], axis=1) for place_U in places])
+    pairs = np.unique(pairs[pairs[:, 1] >= 0], axis=0)
+    return pairs[:, 0], pairs[:, 1]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A batch of users, each before one event: the history to rank by, and the right answer."""
+
+    history: HistoryBatch
+    user_B: npt.NDArray[np.object_]
+    target_B: Ints
+    length_B: Ints
+    row_S: Ints
+    item_S: Ints
+
+    @classmethod
+    def ask(cls, visitors: Visitors, row_B: Ints, place_B: Ints, settings: ReplaySettings) -> Question:
+        """The question of rows `row_B`, each before its event at `place_B`."""
+        event, offsets = visitors.before(row_B, place_B)
+        item_E = visitors.item_A[event]
+        history = encode_history(
+            item_E,
+            visitors.action_A[event],
+            visitors.time_ms_A[event],
+            offsets,
+            max_len=settings.max_len,
+            clock=settings.clock,
+        )
+        asker_E = np.repeat(np.arange(len(row_B)), place_B)
+        seen = np.unique(np.stack([asker_E, item_E], axis=1), axis=0)  # all of the history, not the newest alone
+        return cls(history, visitors.user_U[row_B], visitors.at(row_B, place_B), place_B, seen[:, 0], seen[:, 1])
+
+    def ranked(self, name: str, protocol: str, scores_BN: Scores, chosen_B: npt.NDArray[np.bool_]) -> pa.Table:
+        """Ranks and shown lists of the chosen users."""
+        row_of = np.cumsum(chosen_B) - 1
+        target_C, scores_CN = self.target_B[chosen_B], scores_BN[chosen_B]
+        if protocol == "metrics":
+            seen = chosen_B[self.row_S]
+            row_S, item_S = row_of[self.row_S[seen]], self.item_S[seen]
+            rank_C = ranks_unseen(scores_CN, target_C, row_S, item_S)
+            scores_CN[row_S, item_S] = -np.inf  # a copy: boolean indexing made it
+        else:
+            rank_C = ranks(scores_CN, target_C)
+        empty = np.empty((len(target_C), 0))
+        return self._answers(name, protocol, chosen_B, rank_C, top(scores_CN, SHOWN), empty)
+
+    def scored(self, name: str, score_BC: Scores, chosen_B: npt.NDArray[np.bool_]) -> pa.Table:
+        """Scores of the sampled candidates of the chosen users."""
+        score_CC = np.asarray(score_BC, np.float64)[chosen_B]
+        rank_C = np.zeros(len(score_CC), np.int64)
+        return self._answers(name, "pointwise", chosen_B, rank_C, np.empty((len(score_CC), 0), np.int64), score_CC)
+
+    def _answers(
+        self,
+        name: str,
+        protocol: str,
+        chosen_B: npt.NDArray[np.bool_],
+        rank_C: Ints,
+        shown_CK: Ints,
+        score_CC: npt.NDArray[np.float64],
+    ) -> pa.Table:
+        columns = [
+            pa.array([name] * len(rank_C)),
+            pa.array([protocol] * len(rank_C)),
+            pa.array(self.user_B[chosen_B], pa.string()),
+            pa.array(self.target_B[chosen_B]),
+            pa.array(self.length_B[chosen_B]),
+            pa.array(rank_C),
+            _list_array(shown_CK),
+            _list_array(score_CC),
+        ]
+        return pa.table(columns, schema=ANSWER_SCHEMA)
+
+
+def _list_array(values: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> pa.ListArray:
+    rows, width = values.shape
+    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * width, values.ravel())
