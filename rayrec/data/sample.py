@@ -21,7 +21,7 @@ from rayrec.data.sample_dirt import TRUNCATED_LINE, soil, soil_images
 from rayrec.data.sample_events import Log, simulate
 from rayrec.data.sample_images import Look, draw
 from rayrec.data.sample_oracle import TRUTH_FORMAT, TRUTH_VERSION, Oracle, Query
-from rayrec.data.sample_world import BRANDS, CATEGORIES, Ints, SampleConfig, World, anonymous_session
+from rayrec.data.sample_world import BRANDS, CATEGORIES, SampleConfig, World, anonymous_session
 from rayrec.errors import UsageError
 from rayrec.progress import Task
 

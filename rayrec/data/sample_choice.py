@@ -3,7 +3,7 @@
 In: a World, and for each visitor the state left by the events so far. Out: the probability of every item, or one
 drawn from it. It must not know files, nor how many events anyone makes, nor when.
 
-The next item comes by one of six routes, whose shares `routes_BR` gives:
+The next item comes by one of six routes, whose shares `routes` gives:
 
     again       the item of the last event, on its way down the funnel view -> favorite -> cart -> purchase
     cart        in a new session: the item left in the cart
@@ -12,7 +12,7 @@ The next item comes by one of six routes, whose shares `routes_BR` gives:
     aisle       another item of the last one's category, by preference in its colour
     fresh       any item, by the season of the day
 
-Within the last three an item has probability proportional to World.weights_BN (taste, price, popularity) times a
+Within the last three an item has probability proportional to World.weights (taste, price, popularity) times a
 multiplier of its cell. Axes as in `sample_world`; B visitors at once, R routes, F refill categories.
 """
 
@@ -31,7 +31,6 @@ from rayrec.data.sample_world import (
     COLOURS,
     DAY_S,
     DAYPARTS,
-    N_CELLS,
     REFILL_CATEGORIES,
     Floats,
     Ints,
@@ -83,7 +82,8 @@ def _cell_multipliers() -> tuple[Floats, Floats, Floats]:
     busy_K = np.array([category.busy for category in CATEGORIES])
     colour_KK = 1 + (_SAME_COLOUR - 1) * np.eye(len(COLOURS))
     season = np.where(np.arange(DAYPARTS)[:, None] == busy_K[CELL_CATEGORY], _BUSY, _QUIET)
-    return np.kron(np.eye(len(CATEGORIES)), colour_KK), np.kron(goes_with_KK, colour_KK), season
+    aisle_CC, complement_CC = np.kron(np.eye(len(CATEGORIES)), colour_KK), np.kron(goes_with_KK, colour_KK)
+    return aisle_CC.astype(np.float64), complement_CC.astype(np.float64), season.astype(np.float64)
 
 
 _AISLE_CC, _COMPLEMENT_CC, _SEASON_DC = _cell_multipliers()
@@ -122,24 +122,24 @@ class State:
         self.refill_item_BF[at], self.refill_time_BF[at] = item_B[used_up_B], time_B[used_up_B]
 
 
-def is_due_BF(state: State, time_B: Ints) -> Bools:
+def is_due(state: State, time_B: Ints) -> Bools:
     """[B, F]: whether the last purchase of each consumable is used up, and not forgotten."""
     since_BF = time_B[:, None] - state.refill_time_BF
     return (state.refill_item_BF != NOTHING) & (since_BF >= _REFILL_S) & (since_BF < 3 * _REFILL_S)
 
 
-def day_B(world: World, time_B: Ints) -> Ints:
+def day_of(world: World, time_B: Ints) -> Ints:
     """[B]: the day of the log, its last day for later times."""
     return np.clip((time_B - world.start_s) // DAY_S, 0, world.days - 1)
 
 
-def routes_BR(world: World, visitor_B: Ints, state: State, time_B: Ints) -> Floats:
+def routes(world: World, visitor_B: Ints, state: State, time_B: Ints) -> Floats:
     """[B, R]: the share of each route at the time of the next event; rows sum to 1."""
     begun_B = state.item_B != NOTHING
     new_B = time_B - state.time_B > NEW_SESSION_S
     action_B, item_B = np.maximum(state.action_B, 0), np.maximum(state.item_B, 0)
     willing_B = np.clip(1 - 0.3 * world.thrift_U[visitor_B] * (world.tier_N[item_B] - 1), 0.4, 1.5)
-    on_sale_BC = world.cell_end_DC[day_B(world, time_B)] - world.cell_start_C
+    on_sale_BC = world.cell_end_DC[day_of(world, time_B)] - world.cell_start_C
     has_aisle_B = ((_AISLE_CC[world.cell_N[item_B]] > 0) * on_sale_BC).sum(1) > 1
     has_complement_B = ((_COMPLEMENT_CC[world.cell_N[item_B]] > 0) * on_sale_BC).sum(1) > 0
 
@@ -152,13 +152,13 @@ def routes_BR(world: World, visitor_B: Ints, state: State, time_B: Ints) -> Floa
     # Over 1 only for a willing visitor's cart; then nothing is fresh.
     share_BR /= np.maximum(share_BR.sum(1, keepdims=True), 1)
     share_BR[:, Route.FRESH] = np.maximum(1 - share_BR.sum(1), 0)
-    refill_B = np.where(is_due_BF(state, time_B).any(1), np.where(new_B, _REFILL_NEW, _REFILL_SAME), 0)
+    refill_B = np.where(is_due(state, time_B).any(1), np.where(new_B, _REFILL_NEW, _REFILL_SAME), 0)
     share_BR *= 1 - refill_B[:, None]
     share_BR[:, Route.REFILL] = refill_B
     return share_BR
 
 
-def multiplier_BC(world: World, route: Route, state: State, time_B: Ints) -> Floats:
+def multiplier(world: World, route: Route, state: State, time_B: Ints) -> Floats:
     """[B, C]: of each cell, on one of the routes complement, aisle, fresh."""
     if route == Route.FRESH:
         return _SEASON_DC[time_B % DAY_S * DAYPARTS // DAY_S]
@@ -166,40 +166,40 @@ def multiplier_BC(world: World, route: Route, state: State, time_B: Ints) -> Flo
     return table_CC[world.cell_N[np.maximum(state.item_B, 0)]]
 
 
-def probabilities_BN(world: World, visitor_B: Ints, state: State, time_B: Ints) -> Floats:
+def probabilities(world: World, visitor_B: Ints, state: State, time_B: Ints) -> Floats:
     """[B, N]: the probability that each item is that of the next event, given that it comes at `time_B`."""
-    share_BR = routes_BR(world, visitor_B, state, time_B)
+    share_BR = routes(world, visitor_B, state, time_B)
     rows = np.arange(len(visitor_B))
-    on_sale_BN = world.launch_N <= day_B(world, time_B)[:, None]
-    weight_BN = world.weights_BN(visitor_B) * on_sale_BN
+    on_sale_BN = world.launch_N <= day_of(world, time_B)[:, None]
+    weight_BN = world.weights(visitor_B) * on_sale_BN
     p_BN = np.zeros_like(weight_BN)
     for route in (Route.COMPLEMENT, Route.AISLE, Route.FRESH):
-        route_BN = weight_BN * multiplier_BC(world, route, state, time_B)[:, world.cell_N]
+        route_BN = weight_BN * multiplier(world, route, state, time_B)[:, world.cell_N]
         if route == Route.AISLE:
             route_BN[rows, state.item_B] *= state.item_B == NOTHING
         total_B = route_BN.sum(1)
         p_BN += route_BN * (share_BR[:, route] / np.where(total_B > 0, total_B, 1))[:, None]
     np.add.at(p_BN, (rows, state.item_B), share_BR[:, Route.AGAIN])
     np.add.at(p_BN, (rows, state.cart_B), share_BR[:, Route.IN_CART])
-    due_BF = is_due_BF(state, time_B)
+    due_BF = is_due(state, time_B)
     each_BF = share_BR[:, Route.REFILL, None] * due_BF / np.maximum(due_BF.sum(1, keepdims=True), 1)
     np.add.at(p_BN, (rows[:, None], state.refill_item_BF), each_BF)
     return p_BN
 
 
 class Chooser:
-    """Draws from `probabilities_BN` for a block of visitors, without touching all items at each draw."""
+    """Draws from `probabilities` for a block of visitors, without touching all items at each draw."""
 
     def __init__(self, world: World, visitor_B: Ints, rng: np.random.Generator) -> None:
         self.world, self.visitor_B, self.rng = world, visitor_B, rng
-        self.weight_BN = world.weights_BN(visitor_B)
+        self.weight_BN = world.weights(visitor_B)
         self.cumulative_BM = np.zeros((len(visitor_B), len(world.item_id) + 1))  # M = N + 1
         np.cumsum(self.weight_BN, axis=1, out=self.cumulative_BM[:, 1:])
 
     def draw(self, state: State, time_B: Ints) -> tuple[Ints, Ints]:
         """Item and action of the next event of the first len(time_B) visitors of the block."""
         n = len(time_B)
-        route_B = self._pick(routes_BR(self.world, self.visitor_B[:n], state, time_B))
+        route_B = self._pick(routes(self.world, self.visitor_B[:n], state, time_B))
         chance_B = self.rng.random(n)
         item_B = np.where(route_B == Route.IN_CART, state.cart_B, state.item_B)
         action_B = np.full(n, VIEW)
@@ -208,7 +208,7 @@ class Chooser:
         action_B[again] = (np.cumsum(_FUNNEL, 1)[state.action_B[again], :3] <= chance_B[again, None]).sum(1)
         action_B[route_B == Route.IN_CART] = PURCHASE
         refill = np.flatnonzero(route_B == Route.REFILL)
-        slot = self._pick(is_due_BF(state.take(refill), time_B[refill]).astype(float))
+        slot = self._pick(is_due(state.take(refill), time_B[refill]).astype(float))
         item_B[refill] = state.refill_item_BF[refill, slot]
         action_B[refill] = np.where(chance_B[refill] < _REFILL_BOUGHT, PURCHASE, CART)
         for route in (Route.COMPLEMENT, Route.AISLE, Route.FRESH):
@@ -219,7 +219,7 @@ class Chooser:
     def _browse(self, route: Route, rows: npt.NDArray[np.intp], state: State, time_B: Ints) -> Ints:
         """An item by taste and the route's multiplier: first its cell, then the item within it."""
         world, every = self.world, np.arange(len(rows))
-        end_BC = world.cell_end_DC[day_B(world, time_B)]
+        end_BC = world.cell_end_DC[day_of(world, time_B)]
         mass_BC = self.cumulative_BM[rows[:, None], end_BC] - self.cumulative_BM[rows[:, None], world.cell_start_C]
         left_out_B = np.zeros(len(rows))
         if route == Route.AISLE:  # never the last item itself
@@ -227,7 +227,7 @@ class Chooser:
             last_cell_B = world.cell_N[state.item_B]
             one_left_B = end_BC[every, last_cell_B] - world.cell_start_C[last_cell_B] == 1
             mass_BC[every, last_cell_B] = np.where(one_left_B, 0, mass_BC[every, last_cell_B] - left_out_B)
-        cell_B = self._pick(mass_BC * multiplier_BC(world, route, state, time_B))
+        cell_B = self._pick(mass_BC * multiplier(world, route, state, time_B))
         low_B, high_B = world.cell_start_C[cell_B], end_BC[every, cell_B]
         at_B = self.cumulative_BM[rows, low_B] + self.rng.random(len(rows)) * mass_BC[every, cell_B]
         if route == Route.AISLE:

@@ -53,8 +53,6 @@ def soil(clean: pa.Table, rng: np.random.Generator) -> tuple[pa.Table, dict[str,
         rows += [change(row) for row in clean.take(chosen).to_pylist()]
         place.append(chosen)
         dirt[kind] = len(chosen)
-    bot_rows = clean.slice(len(clean) // 2, BOT_EVENTS).num_rows
-    del bot_rows
     at = np.full(BOT_EVENTS, len(clean) // 2)
     hour = clean["timestamp"][int(at[0])].as_py()[:13]
     items = clean["item_id"].take(rng.integers(len(clean), size=BOT_EVENTS)).to_pylist()

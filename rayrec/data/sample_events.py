@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from rayrec.data.sample_choice import PURCHASE, Chooser, State
 from rayrec.data.sample_world import (
@@ -60,7 +59,8 @@ class _Calendar:
     in_session_E: Ints
 
     @property
-    def n_U(self) -> Ints:
+    def counts(self) -> Ints:
+        """[U]: events of each visitor."""
         return np.diff(self.offset_U1)
 
 
@@ -109,7 +109,7 @@ def _sessions(n_U: Ints, users: int, rng: np.random.Generator) -> _Calendar:
 
 def _times(world: World, calendar: _Calendar, rng: np.random.Generator) -> Ints:
     """[E]: epoch s, rising within a visitor. Sessions lie in different slots, chosen by the visitor's habit."""
-    n_U, n_slots = calendar.n_U, world.days * DAYPARTS
+    n_U, n_slots = calendar.counts, world.days * DAYPARTS
     sessions_U = calendar.session_E[calendar.offset_U1[1:] - 1] + 1
     first_U1 = np.concatenate([[0], np.cumsum(sessions_U)])
     slot_S = np.empty(first_U1[-1], np.int64)
@@ -139,12 +139,10 @@ def _slots(habit_BD: Floats, sessions_B: Ints, n_slots: int, rng: np.random.Gene
     return slots_BS[slots_BS < n_slots]
 
 
-def _choices(
-    world: World, calendar: _Calendar, time_s_E: Ints, rng: np.random.Generator
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _choices(world: World, calendar: _Calendar, time_s_E: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Item and action of every event."""
     item_E, action_E = np.empty_like(time_s_E), np.empty_like(time_s_E)
-    n_U = calendar.n_U
+    n_U = calendar.counts
     busiest_first = np.argsort(-n_U, kind="stable")
     step = max(1, _BLOCK_BYTES // (16 * len(world.item_id)))
     with Task("sample: events", total=len(time_s_E)) as task:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 Mask = Image.Image
-Pixels = npt.NDArray[np.float64]
+Pixels = npt.NDArray[np.float32]
 Points = list[tuple[float, float]]
 
 _SAMPLES: Final = 2  # drawn pixels per pixel and side
@@ -256,50 +257,80 @@ def draw(look: Look, size: int, seed: int) -> Image.Image:
     """An RGB picture of `size` x `size` pixels. The seed moves pattern, place and scale a little."""
     rng = np.random.default_rng(seed)
     side = size * _SAMPLES
-    shape = SHAPES[look.category]
-    body, trim = shape.body(Canvas(side)).mask, shape.trim(Canvas(side)).mask
-    rgb = np.array(PALETTE[look.colour], float)
-    fill = _fill(look, rgb, side, rng)
-    trim_rgb = np.array(shape.trim_rgb, float) if shape.trim_rgb else rgb * 0.62 + 16
+    shape, studio = SHAPES[look.category], _studio(look.category, side)
+    rgb = np.array(PALETTE[look.colour], np.float32)
+    trim_rgb = np.array(shape.trim_rgb, np.float32) if shape.trim_rgb else rgb * 0.62 + 16
     paint = Image.new("RGB", (side, side), _BACKDROP[look.tier])
-    _shadow(paint, ImageChops.lighter(body, trim))
-    paint.paste(_shaded(fill, body), mask=body)
-    paint.paste(_shaded(np.broadcast_to(trim_rgb, fill.shape), trim), mask=trim)
+    paint.paste((70, 74, 84), mask=studio.shadow)
+    paint.paste(_fill(look, studio.body_light, rng), mask=studio.body)
+    paint.paste(_lit(trim_rgb, studio.trim_light), mask=studio.trim)
     _label(paint, shape.label, look, side)
     return _placed(paint, _BACKDROP[look.tier], rng).resize((size, size), Image.Resampling.BOX)
 
 
+@dataclass(frozen=True)
+class _Studio:
+    """What all pictures of a category share: masks, the light on them (in [side, side], about 1), the shadow."""
+
+    body: Mask
+    trim: Mask
+    body_light: Pixels
+    trim_light: Pixels
+    shadow: Mask
+
+
+@lru_cache(maxsize=len(SHAPES))
+def _studio(category: int, side: int) -> _Studio:
+    body, trim = SHAPES[category].body(Canvas(side)).mask, SHAPES[category].trim(Canvas(side)).mask
+    moved = ImageChops.offset(ImageChops.lighter(body, trim), round(side * 0.02), round(side * 0.03))
+    shadow = moved.filter(ImageFilter.GaussianBlur(side / 32)).point(lambda v: v * 0.42)
+    return _Studio(body, trim, _light(body), _light(trim), shadow)
+
+
+def _light(mask: Mask) -> Pixels:
+    """Light from the upper left, less towards the edge of the mask."""
+    x, y = _grid(mask.size[0])
+    soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(mask.size[0] / 22))).astype(np.float32) / 255
+    light: Pixels = (0.72 + 0.34 * soft) * (1.10 - 0.0012 * x - 0.0018 * y)
+    return light
+
+
+def _lit(colour: Pixels, light: Pixels) -> Image.Image:
+    return Image.fromarray(np.minimum(colour * light[:, :, None], 255).astype(np.uint8))
+
+
 def _grid(side: int) -> tuple[Pixels, Pixels]:
     """x [1, side] and y [side, 1] in units."""
-    at = np.arange(side) * 100 / side
+    at = np.arange(side, dtype=np.float32) * np.float32(100 / side)
     return at[None, :], at[:, None]
 
 
-def _fill(look: Look, rgb: Pixels, side: int, rng: np.random.Generator) -> Pixels:
-    """[side, side, 3]: the colour under its pattern and the weave of its material."""
-    ink = np.array(_INK[look.colour], float)
-    amount = pattern(look.style, side, rng)[:, :, None]
-    return (rgb * (1 - amount) + ink * amount) * weave(look.material, side)[:, :, None]
+def _fill(look: Look, light: Pixels, rng: np.random.Generator) -> Image.Image:
+    """The colour under its pattern, in the weave of its material and the light."""
+    side = len(light)
+    rgb, ink = np.array(PALETTE[look.colour], np.float32), np.array(_INK[look.colour], np.float32)
+    shade, amount = light * weave(look.material, side), pattern(look.style, side, rng)
+    return _lit(rgb, shade) if look.style == 0 else _lit(rgb + (ink - rgb) * amount[:, :, None], shade)
 
 
 def pattern(style: int, side: int, rng: np.random.Generator) -> Pixels:
     """[side, side] in 0..1: where the pattern of a style (sample_world.STYLES) lies."""
     x, y = _grid(side)
-    x, y = x + rng.uniform(0, 16), y + rng.uniform(0, 16)
-    flat = np.zeros((side, side))
+    x, y = x + np.float32(rng.uniform(0, 16)), y + np.float32(rng.uniform(0, 16))
+    flat = np.zeros((side, side), np.float32)
     if style == 1:  # stripes
         return flat + (y % 12 < 4.5)
     if style == 2:  # dots, every other row shifted
         shifted = x + 6 * (y // 11 % 2)
-        return ((shifted % 12 - 6) ** 2 + (y % 11 - 5.5) ** 2 < 3.0**2).astype(float)
+        return ((shifted % 12 - 6) ** 2 + (y % 11 - 5.5) ** 2 < 3.0**2).astype(np.float32)
     if style == 3:  # gingham
         return 0.45 * (x % 16 < 8) + 0.45 * (y % 16 < 8)
     if style == 4:  # zigzag
-        return ((y + np.abs(x % 14 - 7)) % 12 < 4.5).astype(float)
+        return ((y + np.abs(x % 14 - 7)) % 12 < 4.5).astype(np.float32)
     if style == 5:  # five-petalled flowers
         dx, dy = (x + 10 * (y // 18 % 2)) % 20 - 10, y % 18 - 9
         radius, angle = np.hypot(dx, dy), np.arctan2(dy, dx)
-        return ((radius < 4.6 + 2.4 * np.cos(5 * angle)) & (radius > 1.6)).astype(float)
+        return ((radius < 4.6 + 2.4 * np.cos(5 * angle)) & (radius > 1.6)).astype(np.float32)
     return flat
 
 
@@ -309,25 +340,8 @@ def weave(material: int, side: int) -> Pixels:
     if material == 0:
         return 1 + 0.05 * np.sign(np.sin(x * 2.6) * np.sin(y * 2.6))
     if material == 1:
-        return np.ones((side, side)) + 0.0 * x
-    return 1 + 0.07 * np.sin(x * 2.1) + 0.0 * y
-
-
-def _shaded(colour: Pixels, mask: Mask) -> Image.Image:
-    """The colour lit from the upper left, darker towards the edge of the mask."""
-    side = mask.size[0]
-    x, y = _grid(side)
-    soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(side / 22)), float) / 255
-    light = (0.72 + 0.34 * soft) * (1.10 - 0.0012 * x - 0.0018 * y)
-    return Image.fromarray(np.clip(colour * light[:, :, None], 0, 255).astype(np.uint8))
-
-
-def _shadow(paint: Image.Image, silhouette: Mask) -> None:
-    """A soft shadow below and to the right."""
-    side = paint.size[0]
-    moved = ImageChops.offset(silhouette, round(side * 0.02), round(side * 0.03))
-    soft = moved.filter(ImageFilter.GaussianBlur(side / 32)).point(lambda v: v * 0.42)
-    paint.paste((70, 74, 84), mask=soft)
+        return np.ones((side, side), np.float32)
+    return np.broadcast_to(1 + 0.07 * np.sin(x * 2.1), (side, side))
 
 
 def _label(paint: Image.Image, centre: tuple[float, float], look: Look, side: int) -> None:

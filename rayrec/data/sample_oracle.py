@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from rayrec.data.sample_choice import ACTION_NAMES, NEW_SESSION_S, State, probabilities_BN
+from rayrec.data.sample_choice import ACTION_NAMES, NEW_SESSION_S, State, probabilities
 from rayrec.data.sample_world import DAY_S, DAYPARTS, EVENTS_PER_SESSION, Floats, Ints, World
 from rayrec.errors import DataError, UsageError
 
@@ -73,7 +73,7 @@ class Oracle:
         return self.scores_batch([query], item_ids)[0]
 
     def scores_batch(self, queries: Sequence[Query], item_ids: Sequence[str]) -> Floats:
-        """[Q, len(item_ids)]: `scores` of many queries at once. Raises KeyError for an unknown visitor."""
+        """[Q, len(item_ids)]: `scores` of many queries at once. Raises DataError for an unknown visitor."""
         visitor_B = self._visitors([query.user_id for query in queries])
         state = self._replay(queries)
         p_BN = np.zeros((len(queries), len(self.world.item_id)))
@@ -82,20 +82,23 @@ class Oracle:
             here, visitors = state.take(rows), visitor_B[rows]
             if timetable:
                 for share_B, time_B in self._likely_times(visitors, here):
-                    p_BN[rows] += share_B[:, None] * probabilities_BN(self.world, visitors, here, time_B)
+                    p_BN[rows] += share_B[:, None] * probabilities(self.world, visitors, here, time_B)
             else:
-                time_B = np.array([(queries[row].next_time_ms or 0) // 1000 for row in rows], np.int64)
-                p_BN[rows] = probabilities_BN(self.world, visitors, here, time_B)
+                time_B = np.array([(queries[row].next_time_ms or 0) // 1000 for row in rows.tolist()], np.int64)
+                p_BN[rows] = probabilities(self.world, visitors, here, time_B)
         return self._columns(p_BN, item_ids)
 
     def affinity(self, user_ids: Sequence[str], item_ids: Sequence[str]) -> Floats:
         """[len(user_ids), len(item_ids)]: taste, price and popularity alone, whether on sale or not.
 
-        This is the right order of items that nobody has seen yet. Raises KeyError for an unknown visitor.
+        This is the right order of items that nobody has seen yet. Raises DataError for an unknown visitor.
         """
-        return self._columns(self.world.weights_BN(self._visitors(user_ids)), item_ids)
+        return self._columns(self.world.weights(self._visitors(user_ids)), item_ids)
 
     def _visitors(self, names: Sequence[str]) -> Ints:
+        unknown = [name for name in names if name not in self._visitor]
+        if unknown:
+            raise DataError(f"visitor {unknown[0]!r} is not of this sample: was the dataset made from another folder?")
         return np.array([self._visitor[name] for name in names], np.int64)
 
     def _columns(self, value_BN: Floats, item_ids: Sequence[str]) -> Floats:

@@ -48,12 +48,14 @@ class SampleConfig:
     image_size: int = 128
 
     def __post_init__(self) -> None:
-        least = {"users": 1, "items": 12, "events": self.users, "seed": 0, "image_size": 16}
+        least = {"users": 1, "items": 12, "seed": 0, "image_size": 16}
         for name, at_least in least.items():
             if getattr(self, name) < at_least:
                 raise UsageError(f"sample: {name} is {getattr(self, name)}; it must be at least {at_least}")
-        if self.image_size > 1024:
-            raise UsageError(f"sample: image_size is {self.image_size}; it must be at most 1024")
+        if self.events < self.users:
+            raise UsageError(f"sample: {self.events} events for {self.users} users; each user makes at least one")
+        if self.image_size > 512:
+            raise UsageError(f"sample: image_size is {self.image_size}; it must be at most 512")
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class World:
         """The log's first midnight, epoch seconds."""
         return END_S - self.days * DAY_S
 
-    def weights_BN(self, visitor_B: Ints) -> Floats:
+    def weights(self, visitor_B: Ints) -> Floats:
         """[B, N]: how much each visitor is drawn to each item, launched or not; only ratios matter."""
         log_BN = (
             self.taste_category_UK[visitor_B][:, self.category_N]
@@ -169,7 +171,8 @@ class World:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> World:
         """The world that `to_json` wrote."""
-        return cls(**{name: np.array(value) if _is_array(name) else value for name, value in content.items()})
+        made: dict[str, Any] = {name: np.array(v) if _is_array(name) else v for name, v in content.items()}
+        return cls(**made)
 
 
 def _is_array(name: str) -> bool:
