@@ -216,6 +216,8 @@ class ServeConfig(Settings):
     max_ongoing_requests: int = Field(64, ge=1)
     max_queued_requests: int = Field(200, ge=1)
     batch_size: int = Field(16, ge=1, description="requests ranked together in a replica")
+    clock_skew_s: float = Field(300, ge=0, description="a client's clock may be so far ahead")
+    replica_cpus: float = Field(1.0, gt=0, description="CPUs that a replica reserves on the cluster")
 
 
 # ---------------------------------------------------------------- --set

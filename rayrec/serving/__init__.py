@@ -1,0 +1,1 @@
+"""The endpoint: wire types, the web application, and its life under Ray Serve."""

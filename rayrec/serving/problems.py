@@ -1,0 +1,95 @@
+"""Errors as problem details (RFC 9457): what went wrong, in one shape, for every route.
+
+In: exceptions. Out: `application/problem+json` responses. It must not know the routes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from rayrec.errors import StateError, UsageError
+from rayrec.ranking.pipeline import UnknownItemError
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+TITLES = {
+    400: "bad-request",
+    403: "forbidden",
+    404: "not-found",
+    405: "method-not-allowed",
+    413: "body-too-large",
+    422: "invalid",
+    429: "over-capacity",
+    500: "internal-error",
+    503: "state-unavailable",
+}
+
+
+class ProblemError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers
+
+
+def problem(
+    status: int,
+    detail: str,
+    *,
+    errors: Sequence[Mapping[str, Any]] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The response for one problem. `errors` names single fields: {"pointer", "detail"}."""
+    slug = TITLES.get(status, "error")
+    body = {
+        "type": f"urn:rayrec:problem:{slug}",
+        "title": slug.replace("-", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+        "errors": list(errors),
+    }
+    return Response(json.dumps(body), status, headers, MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of `app` a problem."""
+
+    @app.exception_handler(ProblemError)
+    async def _ours(request: Request, error: ProblemError) -> Response:
+        return problem(error.status, error.detail, headers=error.headers)
+
+    @app.exception_handler(UsageError)
+    async def _usage(request: Request, error: UsageError) -> Response:
+        return problem(404 if isinstance(error, UnknownItemError) else 422, str(error))
+
+    @app.exception_handler(StateError)
+    async def _state(request: Request, error: StateError) -> Response:
+        log.error("%s", error)
+        return problem(503, "the shared state is not available", headers={"Retry-After": "1"})
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        errors = [
+            {"pointer": "/" + "/".join(str(part) for part in one["loc"][1:]), "detail": one["msg"]}
+            for one in error.errors()[:20]
+        ]
+        detail = "; ".join(f"{one['pointer']}: {one['detail']}" for one in errors[:3])
+        return problem(422, detail, errors=errors)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        status = 422 if error.status_code == 400 else error.status_code  # 400: the body is not JSON
+        return problem(status, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def _bug(request: Request, error: Exception) -> Response:
+        return problem(500, "an error of the server; it was logged")

@@ -1,0 +1,329 @@
+"""The web application: plain FastAPI, the same under uvicorn, in a test, and in a Ray Serve replica.
+
+In: HTTP. Out: JSON, pages, problems. It must not know Ray, nor how the model or the state do their work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import FastAPI, Path, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from rayrec import __version__
+from rayrec.catalogue import Catalogue
+from rayrec.config import ServeConfig
+from rayrec.errors import StateError
+from rayrec.ranking import pipeline
+from rayrec.serving import problems, wire
+from rayrec.serving.batching import Batcher, OverCapacityError
+from rayrec.serving.guard import Guard
+from rayrec.serving.problems import ProblemError
+from rayrec.state.protocol import Event, Outcome, Shown, State
+
+log = logging.getLogger(__name__)
+
+BEAT_EVERY_S = 1.0
+ALIVE_MS = 3500  # a replica that was silent for longer is gone
+
+Image = tuple[bytes, str]
+ImageOf = Callable[[int], Image | None]
+"""Bytes and media type of an item's image, by item index."""
+
+
+class Service:
+    """One replica: a model, the shared state, and the two batchers between them and the event loop."""
+
+    def __init__(
+        self,
+        scorer: pipeline.Scorer,
+        state: State,
+        config: ServeConfig,
+        *,
+        model: str,
+        image_of: ImageOf | None,
+        replica_id: str | None,
+    ) -> None:
+        self.state, self.config, self.model, self.image_of = state, config, model, image_of
+        self.replica_id = replica_id or uuid.uuid4().hex[:8]
+        self.ranker = pipeline.Ranker(scorer, config, model=model)
+        self.catalogue = scorer.catalogue
+        self.cards = Cards(scorer.catalogue, with_images=image_of is not None)
+        self.counters: Counter[str] = Counter()
+        self.started = time.monotonic()
+        waiting = config.max_queued_requests
+        self.lists: Batcher[pipeline.Request, pipeline.Answer] = Batcher(
+            "rank", lambda batch: self.ranker.recommend(batch, state), size=config.batch_size, max_waiting=waiting
+        )
+        self.events: Batcher[Sequence[Event], list[Outcome]] = Batcher(
+            "events", self._append, size=config.batch_size, max_waiting=waiting
+        )
+
+    def _append(self, batch: list[Sequence[Event]]) -> list[list[Outcome]]:
+        """Several clients' events in one transaction."""
+        outcomes = iter(self.state.append_events([event for events in batch for event in events]))
+        return [[next(outcomes) for _ in events] for events in batch]
+
+    async def store(self, sent: wire.EventsRequest) -> wire.EventsAnswer:
+        """Store what can be stored; answer once it is durable."""
+        now_ms, rejected = _now_ms(), []
+        events: list[Event] = []
+        place: list[int] = []
+        for index, one in enumerate(sent.events):
+            try:
+                events.append(wire.event_of(one, now_ms, self.config.clock_skew_s))
+                place.append(index)
+            except ValueError as error:
+                rejected.append(wire.Rejected(index=index, reason=str(error)))
+        outcomes = await self.events.submit(events) if events else []
+        rejected += [
+            wire.Rejected(index=index, reason="this visitor was erased after the event happened")
+            for index, outcome in zip(place, outcomes, strict=True)
+            if outcome == "erased"
+        ]
+        known = self.catalogue.index
+        answer = wire.EventsAnswer(
+            accepted=outcomes.count("accepted"),
+            duplicate=outcomes.count("duplicate"),
+            unknown_item=sum(
+                outcome == "accepted" and event.item_id not in known
+                for event, outcome in zip(events, outcomes, strict=True)
+            ),
+            rejected=sorted(rejected, key=lambda one: one.index),
+        )
+        self.counters["events_accepted"] += answer.accepted
+        self.counters["events_rejected"] += len(rejected)
+        return answer
+
+    async def recommend(self, sent: wire.RecommendRequest) -> dict[str, Any]:
+        """The body of an answer, as `wire.RecommendAnswer`."""
+        try:
+            request = wire.request_of(sent, _now_ms(), self.config.clock_skew_s)
+        except ValueError as error:
+            raise ProblemError(422, f"/events: {error}") from None
+        self.ranker.check(request)
+        answer = await self.lists.submit(request)
+        self.counters["answers"] += 1
+        self.counters[f"answers_by_{answer.served_by}"] += 1
+        return {
+            "request_id": answer.request_id,
+            "model": answer.model,
+            "served_by": answer.served_by,
+            "items": [self.cards.of(item.item_id) | asdict(item) for item in answer.items],
+            "removed": answer.removed,
+            "timing_ms": {stage: round(ms, 3) for stage, ms in answer.timing_ms.items()},
+        }
+
+    async def status(self) -> wire.Status:
+        """How the service is; replicas are those that reported themselves lately."""
+        replicas = await asyncio.to_thread(self.state.replicas, ALIVE_MS)
+        counts = await asyncio.to_thread(self.state.counts)
+        return wire.Status(
+            model=self.model,
+            version=__version__,
+            replica=self.replica_id,
+            replicas=max(1, len(replicas)),
+            catalogue=len(self.catalogue),
+            scenes=sorted(self.config.scenes),
+            uptime_s=round(time.monotonic() - self.started, 3),
+            counters={**counts, **self.counters},
+        )
+
+    async def beat(self) -> None:
+        """Report this replica for as long as it lives."""
+        while True:
+            try:
+                await asyncio.to_thread(self.state.beat, self.replica_id, self.model)
+            except StateError as error:
+                log.warning("cannot report this replica: %s", error)
+            await asyncio.sleep(BEAT_EVERY_S)
+
+    async def close(self) -> None:
+        """Finish what is at work and say goodbye."""
+        self.lists.close()
+        self.events.close()
+        try:
+            await asyncio.to_thread(self.state.leave, self.replica_id)
+        except StateError as error:
+            log.warning("cannot sign this replica off: %s", error)
+        self.state.close()
+
+
+class Cards:
+    """What people are shown of each item."""
+
+    def __init__(self, catalogue: Catalogue, *, with_images: bool) -> None:
+        self._index, self._with_images = catalogue.index, with_images
+        columns = ("title", "category", "brand", "price", "has_image")
+        self._rows = list(zip(*(catalogue.table[name].to_pylist() for name in columns), strict=True))
+
+    def of(self, item_id: str) -> dict[str, Any]:
+        """`wire.ItemOut` of an item that is in the catalogue."""
+        title, category, brand, price, has_image = self._rows[self._index[item_id] - 1]
+        image = f"/v1/items/{quote(item_id, safe='')}/image" if has_image and self._with_images else None
+        price = price if price is not None and price == price else None
+        return {
+            "item_id": item_id,
+            "title": title,
+            "category": category,
+            "brand": brand,
+            "price": price,
+            "image": image,
+        }
+
+
+def create_app(
+    scorer: pipeline.Scorer,
+    state: State,
+    config: ServeConfig | None = None,
+    *,
+    model: str = "unnamed",
+    image_of: ImageOf | None = None,
+    replica_id: str | None = None,
+    loopback_only: bool = True,
+) -> FastAPI:
+    """The application of one replica. It owns `state` and closes it at the end of its life.
+
+    model: the version that answers name. image_of: bytes and media type of an item's image, by item index.
+    loopback_only: refuse requests whose Host or Origin is not a loopback name.
+    """
+    config = config or ServeConfig()
+    service = Service(scorer, state, config, model=model, image_of=image_of, replica_id=replica_id)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        beating = asyncio.create_task(service.beat())
+        yield
+        beating.cancel()
+        await service.close()
+
+    app = FastAPI(
+        title="rayrec",
+        version=__version__,
+        summary="Events in, personal lists out.",
+        lifespan=lifespan,
+        responses={422: {"model": wire.Problem, "content": {problems.MEDIA_TYPE: {}}}},
+    )
+    problems.install(app)
+    app.add_middleware(Guard, max_body_bytes=config.max_body_bytes, loopback_only=loopback_only)
+
+    @app.exception_handler(OverCapacityError)
+    async def _full(request: object, error: OverCapacityError) -> Response:
+        return problems.problem(429, "over capacity; try again", headers={"Retry-After": "1"})
+
+    _add_main_routes(app, service)
+    _add_people_routes(app, service)
+    _add_service_routes(app, service)
+    return app
+
+
+def _add_main_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/events", response_model=wire.EventsAnswer)
+    async def events(body: wire.EventsRequest) -> Response:
+        """Store 1 to 1,000 events; answered once they are durable."""
+        answer = await service.store(body)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @app.post("/v1/recommend", response_model=wire.RecommendAnswer)
+    async def recommend(body: wire.RecommendRequest) -> Response:
+        """A personal list. An unknown visitor gets one too."""
+        answer = await service.recommend(body)
+        return Response(json.dumps(answer, ensure_ascii=False, allow_nan=False), media_type="application/json")
+
+    @app.get("/v1/items/{item_id:path}/image", responses={200: {"content": {"image/*": {}}}})
+    async def image(item_id: ItemPath) -> Response:
+        """The picture of an item."""
+        index = service.catalogue.index.get(item_id)
+        found = service.image_of(index) if index and service.image_of else None
+        if found is None:
+            raise ProblemError(404, "there is no picture of this item")
+        return Response(found[0], media_type=found[1], headers={"Cache-Control": "max-age=3600"})
+
+    @app.get("/v1/items/{item_id:path}", response_model=wire.ItemOut)
+    async def item(item_id: ItemPath) -> Response:
+        """What the catalogue says of an item."""
+        if item_id not in service.catalogue.index:
+            raise ProblemError(404, f"there is no item '{item_id}'")
+        return JSONResponse(service.cards.of(item_id))
+
+
+def _add_people_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/users/{user_id:path}")
+    async def user(user_id: UserPath) -> wire.UserAnswer:
+        """Everything held about a visitor (`session:ID` for an anonymous one)."""
+        held = await asyncio.to_thread(service.state.user, user_id)
+        return wire.UserAnswer(
+            user_id=user_id,
+            events=[_plain(event) for event in held.events],
+            impressions=[_plain(shown) for shown in held.shown],
+            sessions=held.sessions,
+        )
+
+    @app.delete("/v1/users/{user_id:path}")
+    async def erase(user_id: UserPath) -> wire.EraseAnswer:
+        """Delete everything held about a visitor, for good."""
+        receipt = await asyncio.to_thread(service.state.erase, user_id)
+        return wire.EraseAnswer(
+            tombstone=receipt.tombstone,
+            erased_ms=receipt.erased_ms,
+            deleted={
+                "events": receipt.events,
+                "impressions": receipt.impressions,
+                "sessions": receipt.sessions,
+            },
+        )
+
+    @app.post("/v1/users/{user_id:path}:join")
+    async def join(user_id: UserPath, body: wire.JoinRequest) -> wire.JoinAnswer:
+        """Give a session's past and future events to a user who has logged in."""
+        moved = await asyncio.to_thread(service.state.join, user_id, body.session_id)
+        return wire.JoinAnswer(user_id=user_id, session_id=body.session_id, moved=moved)
+
+
+def _add_service_routes(app: FastAPI, service: Service) -> None:
+    page = files("rayrec.serving").joinpath("pages", "storefront.html").read_text(encoding="utf-8")
+
+    @app.get("/v1/status")
+    async def status() -> wire.Status:
+        """Model, replicas, catalogue, counters."""
+        return await service.status()
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process is alive."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        """Whether lists can be served: the model is loaded and the state answers."""
+        await asyncio.to_thread(service.state.setting, "active_model")
+        return {"status": "ready", "model": service.model}
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def storefront() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+ItemPath = Annotated[wire.Id, Path(description="id of an item")]
+UserPath = Annotated[wire.Id, Path(description="id of a user")]
+PAGE_POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' data:"
+
+
+def _plain(row: Event | Shown) -> dict[str, Any]:
+    """A stored row as JSON values, without what is empty and without whose it is."""
+    return {name: value for name, value in asdict(row).items() if value is not None and name != "visitor"}
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
