@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
@@ -22,7 +24,7 @@ from rayrec.data.sample_events import Log, simulate
 from rayrec.data.sample_images import Look, draw
 from rayrec.data.sample_oracle import TRUTH_FORMAT, TRUTH_VERSION, Oracle, Query
 from rayrec.data.sample_world import BRANDS, CATEGORIES, SampleConfig, World, anonymous_session
-from rayrec.errors import UsageError
+from rayrec.errors import ResourceError, UsageError
 from rayrec.progress import Task
 
 __all__ = ["Oracle", "Query", "SampleConfig", "SampleReport", "write_shop"]
@@ -48,46 +50,64 @@ class SampleReport:
 
 
 def write_shop(folder: Path, config: SampleConfig) -> SampleReport:
-    """Write a sample shop; the same config writes the same bytes.
+    """Write a sample shop; the same config writes the same bytes. `folder` appears when all of it is there.
 
-    Raises UsageError if `folder` exists and holds anything: a sample never mixes with what is there.
+    Raises UsageError if `folder` exists and holds anything, ResourceError if it cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not an empty folder; name another, or remove it first")
-    folder.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        part.mkdir(parents=True)
+        report = _write(part, folder, config)
+        part.replace(folder)
+    except OSError as error:
+        raise ResourceError(f"{folder}: cannot be written ({error.strerror}); free space or name another") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return report
+
+
+def _write(part: Path, folder: Path, config: SampleConfig) -> SampleReport:
+    """The files of the shop that will be called `folder`, into `part`."""
     world, log = simulate(config)
+    table = _event_table(world, log, config.users)
     dirt: dict[str, int] = {}
     rng = np.random.default_rng((config.seed, 1))
-    table = _event_table(world, log, config.users)
     if config.dirty:
         table, dirt = soil(table, rng)
-        dirt["truncated_line"] = 1
-    _write_events(folder, table, config.dirty)
-    _write_items(folder / "items.csv", world)
-    images = _write_images(folder / "images", world, config)
+    _write_events(part, table, config.dirty)
+    _write_items(part / "items.csv", world)
+    images = _write_images(part / "images", world, config)
     if config.dirty:
-        dirt |= soil_images(images, rng)
-    cold = int((world.launch_N >= world.days).sum())
-    truth = {"format": TRUTH_FORMAT, "version": TRUTH_VERSION, "config": asdict(config), "dirt": dirt,
-             "cold_items": [i for i, day in zip(world.item_id, world.launch_N, strict=True) if day >= world.days],
-             "world": world.to_json()}  # fmt: skip
-    (folder / "truth.json").write_text(json.dumps(truth))
-    anonymous = len(world.visitor) - config.users
-    rows = len(table) + dirt.get("truncated_line", 0)
-    return SampleReport(str(folder), config.users, anonymous, config.items, cold, config.events, rows, world.days, dirt)
+        dirt |= {"truncated_line": 1, **soil_images(images, rng)}
+    cold = [item_id for item_id, day in zip(world.item_id, world.launch_N, strict=True) if day >= world.days]
+    truth = {
+        "format": TRUTH_FORMAT, "version": TRUTH_VERSION, "config": asdict(config), "dirt": dirt,
+        "cold_items": sorted(cold), "world": world.to_json(),
+    }  # fmt: skip
+    (part / "truth.json").write_text(json.dumps(truth))
+    return SampleReport(
+        folder=str(folder),
+        users=config.users,
+        anonymous=len(world.visitor) - config.users,
+        items=config.items,
+        cold_items=len(cold),
+        events=config.events,
+        rows=len(table) + dirt.get("truncated_line", 0),
+        days=world.days,
+        dirt=dirt,
+    )
 
 
 def _event_table(world: World, log: Log, users: int) -> pa.Table:
     """The log as strings, oldest first; an anonymous visitor has a session and no user."""
-    named_E = log.visitor_E < users
-    user_U = pa.array([*world.visitor[:users], *[""] * (len(world.visitor) - users)])
-    known_sessions = np.unique(log.visitor_E[named_E] * 100_000 + log.session_E[named_E], return_inverse=True)[1]
-    session_E = np.where(named_E, 0, log.visitor_E - users)
-    session_E[named_E] = known_sessions
-    anonymous = pa.array([anonymous_session(number) for number in range(len(world.visitor) - users)])
-    known = pa.array([f"s{number:08d}" for number in range(int(known_sessions.max()) + 1)])
-    session = pa.concat_arrays([known, anonymous]).take(pa.array(session_E + ~named_E * len(known)))
+    n_anonymous = len(world.visitor) - users
+    user_U = pa.array([*world.visitor[:users], *[""] * n_anonymous])
+    session_E = np.unique(log.visitor_E * 2**32 + log.session_E, return_inverse=True)[1]
+    n_known = int(session_E.max()) + 1 - n_anonymous  # visitors are in order: the last sessions are anonymous
+    sessions = [f"s{number:08d}" for number in range(n_known)] + [anonymous_session(n) for n in range(n_anonymous)]
     bought = log.action_E == PURCHASE
     price = [f"{price:.2f}" for price in world.price_N] + [""]
     quantity = [""] + [str(n) for n in range(1, 10)]
@@ -95,7 +115,7 @@ def _event_table(world: World, log: Log, users: int) -> pa.Table:
     return pa.table(
         {
             "user_id": user_U.take(pa.array(log.visitor_E)),
-            "session_id": session,
+            "session_id": pa.array(sessions).take(pa.array(session_E)),
             "item_id": pa.array(world.item_id).take(pa.array(log.item_E)),
             "timestamp": pa.array(time),
             "action": pa.array(ACTION_NAMES).take(pa.array(log.action_E)),

@@ -86,8 +86,8 @@ def _event_counts(config: SampleConfig, rng: np.random.Generator) -> Ints:
     """[U]: events of each user (heavy-tailed, at least one), then of each anonymous visitor; exact in total."""
     spare = config.events - config.users
     n_anonymous = int(min(ANONYMOUS_SHARE * config.events, spare) / ANONYMOUS_EVENTS)
-    one_each = np.ones(n_anonymous, np.int64)
-    anonymous_U = one_each + rng.multinomial((ANONYMOUS_EVENTS - 1) * n_anonymous, one_each / max(n_anonymous, 1))
+    more = rng.integers(max(n_anonymous, 1), size=(ANONYMOUS_EVENTS - 1) * n_anonymous)
+    anonymous_U = 1 + np.bincount(more, minlength=n_anonymous)
     activity_U = rng.lognormal(0, 0.7, config.users)
     user_U = 1 + rng.multinomial(spare - anonymous_U.sum(), activity_U / activity_U.sum())
     return np.concatenate([user_U, anonymous_U])

@@ -120,13 +120,13 @@ _METAL, _WOOD, _SOLE, _PAPER = (186, 190, 198), (150, 112, 74), (246, 244, 238),
 
 
 def _shoe(c: Canvas) -> Canvas:
-    return c.curve([(12, 70), (12, 48), (17, 37), (27, 40), (38, 36), (48, 44), (62, 52), (80, 56), (90, 64), (90, 71)])
+    return c.curve([(12, 70), (10, 48), (15, 29), (24, 33), (36, 28), (45, 38), (58, 49), (78, 54), (90, 62), (90, 71)])
 
 
 def _shoe_trim(c: Canvas) -> Canvas:
-    c.box(9, 68, 93, 77, 4)
-    for x, y in ((40, 43), (46, 47), (52, 51)):
-        c.line([(x - 3, y + 7), (x + 4, y - 1)], 2.2)
+    c.box(9, 67, 93, 77, 4)
+    for x, y in ((40, 38), (46, 43), (52, 48)):
+        c.line([(x - 4, y + 8), (x + 5, y - 1)], 2.2)
     return c
 
 
@@ -237,7 +237,7 @@ def _soap_trim(c: Canvas) -> Canvas:
 
 
 SHAPES: Final = (
-    Shape(_shoe, _shoe_trim, _SOLE, (24, 56)),
+    Shape(_shoe, _shoe_trim, _SOLE, (24, 52)),
     Shape(_socks, _socks_trim, None, (28, 40)),
     Shape(_polish, _polish_trim, _METAL, (50, 44)),
     Shape(_shirt, _shirt_trim, None, (63, 44)),
@@ -290,9 +290,8 @@ def _studio(category: int, side: int) -> _Studio:
 def _light(mask: Mask) -> Pixels:
     """Light from the upper left, less towards the edge of the mask."""
     x, y = _grid(mask.size[0])
-    soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(mask.size[0] / 22))).astype(np.float32) / 255
-    light: Pixels = (0.72 + 0.34 * soft) * (1.10 - 0.0012 * x - 0.0018 * y)
-    return light
+    soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(mask.size[0] / 22)), np.float32) / 255
+    return np.asarray((0.72 + 0.34 * soft) * (1.10 - 0.0012 * x - 0.0018 * y), np.float32)
 
 
 def _lit(colour: Pixels, light: Pixels) -> Image.Image:
@@ -338,10 +337,10 @@ def weave(material: int, side: int) -> Pixels:
     """[side, side] about 1: a coarse cloth, a smooth face, or a ribbed knit."""
     x, y = _grid(side)
     if material == 0:
-        return 1 + 0.05 * np.sign(np.sin(x * 2.6) * np.sin(y * 2.6))
+        return 1 + 0.07 * np.sign(np.sin(x * 1.6) * np.sin(y * 1.6))
     if material == 1:
         return np.ones((side, side), np.float32)
-    return np.broadcast_to(1 + 0.07 * np.sin(x * 2.1), (side, side))
+    return np.broadcast_to(1 + 0.09 * np.sin(x * 1.5), (side, side))
 
 
 def _label(paint: Image.Image, centre: tuple[float, float], look: Look, side: int) -> None:

@@ -33,7 +33,9 @@ MIN_DAYS: Final = 56
 EVENTS_PER_SESSION: Final = 5
 ANONYMOUS_SHARE: Final = 0.03
 ANONYMOUS_EVENTS: Final = 4
-COLD_SHARE, LATE_SHARE = 0.05, 0.05
+COLD_SHARE: Final = 0.05
+LATE_SHARE: Final = 0.05
+_NOVELTY: Final = 2.0  # log popularity that a late arrival gains
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _launches(n: int, days: int, rng: np.random.Generator) -> tuple[Ints, Floats
     launch_N[cold] = days + rng.integers(0, 7, n_cold)
     launch_N[late] = rng.integers(math.floor(0.9 * days), days - 1, n_late, endpoint=True)
     popularity_N = -0.7 * np.log(rng.permutation(n) + 3.0)
-    popularity_N[late] += 1.0
+    popularity_N[late] += _NOVELTY
     return launch_N, popularity_N - popularity_N.mean()
 
 
