@@ -1,0 +1,223 @@
+"""The life of the service under Ray Serve: start it, keep it, stop it without leaving anything behind.
+
+In: a bundle, a state URL, settings. Out: a running endpoint. It must not know routes or ranking. The whole pipeline
+runs in the replica that takes the request, so no request crosses a process but the proxy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import httpx
+import ray
+
+from rayrec import cluster
+from rayrec.bundle import Bundle
+from rayrec.config import ServeConfig
+from rayrec.errors import ResourceError, UsageError
+from rayrec.progress import step
+from rayrec.serving.guard import is_loopback
+from rayrec.state import open_state
+
+APP_NAME: Final = "rayrec"
+LOADER: Final = "rayrec.serving.scorer:load_scorer"
+READY_WITHIN_S: Final = 120.0
+
+
+@contextmanager
+def served(
+    bundle_path: str,
+    *,
+    state_url: str,
+    config: ServeConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    loader: str = LOADER,
+) -> Iterator[str]:
+    """The endpoint of a bundle, up and ready; its URL. It stops, Ray included if it was started here, at the end.
+
+    loader: "module:function" from an opened Bundle to a `pipeline.Scorer`.
+    Raises UsageError for a host that is not loopback, a bundle or a state that cannot be opened; ResourceError for a
+    port in use or a cluster that is too small.
+    """
+    url = _checked_address(host, port)
+    Bundle.open(bundle_path)
+    open_state(state_url).close()
+    folder = Path(tempfile.mkdtemp(prefix="rayrec-"))
+    settings = proxy_settings(folder)
+    os.environ.update(settings)  # before Ray starts: its processes read them when they are imported
+    started_here = not ray.is_initialized()
+    try:
+        cluster.connect()
+        _require_room(config)
+        with _stopping_serve():
+            _start(build(bundle_path, state_url=state_url, config=config, loader=loader), host, port)
+            _wait_until_ready(url)
+            yield url
+    finally:
+        if started_here:
+            cluster.disconnect()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_server(
+    bundle_path: str,
+    *,
+    state_url: str,
+    config: ServeConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    loader: str = LOADER,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM. `on_ready` is called with the URL. Raises as `served`."""
+    stop = threading.Event()
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, ask_to_stop)
+    try:
+        with served(bundle_path, state_url=state_url, config=config, host=host, port=port, loader=loader) as url:
+            (on_ready or (lambda url: step(f"serving at {url}")))(url)
+            while not stop.wait(3600):
+                pass
+    except KeyboardInterrupt:
+        step("stopped")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str = LOADER) -> Any:
+    """The Ray Serve application, as `serve.run` takes it."""
+    from ray import serve  # reads its settings when imported, so not before they are made
+
+    scale = config.autoscale
+    deployment = serve.deployment(
+        name="replica",
+        autoscaling_config={
+            "min_replicas": scale.min_replicas,
+            "max_replicas": max(scale.min_replicas, scale.max_replicas),
+            "target_ongoing_requests": scale.target_ongoing_requests,
+            "upscale_delay_s": scale.upscale_delay_s,
+            "downscale_delay_s": scale.downscale_delay_s,
+        },
+        max_ongoing_requests=config.max_ongoing_requests,
+        ray_actor_options={"num_cpus": config.replica_cpus},
+        graceful_shutdown_timeout_s=5,
+        logging_config={"enable_access_log": False},  # paths hold user ids
+    )
+    return deployment(serve.ingress()(Replica)).bind(bundle_path, state_url, config.model_dump_json(), loader)
+
+
+class Replica:
+    """One replica: loads the bundle, opens the state, and is the web application."""
+
+    def __init__(self, bundle_path: str, state_url: str, config: str, loader: str) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        bundle = Bundle.open(bundle_path)
+        module, _, function = loader.partition(":")
+        self.scorer = getattr(importlib.import_module(module), function)(bundle)
+        self.bundle, self.state_url, self.config = bundle, state_url, ServeConfig.model_validate_json(config)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Ray Serve once this replica is constructed."""
+        from ray import serve
+
+        from rayrec.serving.web import create_app
+
+        return create_app(
+            self.scorer,
+            open_state(self.state_url),
+            self.config,
+            model=self.bundle.version,
+            replica_id=serve.get_replica_context().replica_tag,
+        )
+
+
+def proxy_settings(folder: Path) -> dict[str, str]:
+    """Ray Serve's settings, as environment variables: HAProxy with all its files in `folder`, the short path through
+    a replica, and no long wait for connections to drain at the end.
+    """
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+
+
+def _start(application: Any, host: str, port: int) -> None:
+    from ray import serve
+
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    serve.run(application, name=APP_NAME, route_prefix="/")
+
+
+@contextmanager
+def _stopping_serve() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        from ray import serve
+
+        serve.shutdown()
+
+
+def _checked_address(host: str, port: int) -> str:
+    """The URL of an address that is loopback and free."""
+    if not is_loopback(host):
+        raise UsageError(
+            f"--host {host}: without keys the server is for this machine only; use 127.0.0.1, and a front proxy that "
+            "checks who calls to reach it from elsewhere"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(
+                f"{host}:{port}: {error.strerror}; stop what uses it or choose another --port"
+            ) from None
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _require_room(config: ServeConfig) -> None:
+    """Raise ResourceError if the smallest number of replicas does not fit the cluster."""
+    need, have = config.autoscale.min_replicas * config.replica_cpus, ray.cluster_resources().get("CPU", 0)
+    if need > have:
+        raise ResourceError(
+            f"{config.autoscale.min_replicas} replicas need {need:g} CPUs and the cluster has {have:g}; "
+            "ask for fewer with --min-replicas, or set replica_cpus"
+        )
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise ResourceError(f"{url}/readyz did not answer within {READY_WITHIN_S:g} s; see Ray's logs")
