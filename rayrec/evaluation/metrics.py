@@ -134,7 +134,7 @@ def list_figures(shown_UK: Ints, catalogue: Catalogue, k: int = 10) -> Figures:
     flat = shown_UK[shown_UK > 0]
     n_items = len(catalogue)
     return {
-        f"coverage@{k}": len(np.unique(flat)) / n_items if n_items else None,
+        f"coverage@{k}": len(np.unique(flat)) / n_items if len(shown_UK) and n_items else None,
         f"diversity@{k}": diversity(shown_UK, attributes(catalogue)),
         f"popularity@{k}": mean(popularity(catalogue.n_train)[flat]),
     }

@@ -184,17 +184,35 @@ def _replay_one(
         for start in range(0, len(row_Q), settings.batch):
             row_B, place_B = row_Q[start : start + settings.batch], place_Q[start : start + settings.batch]
             question = Question.ask(visitors, row_B, place_B, settings)
-            ranked = [protocol for protocol in asked if protocol != "pointwise"]
-            scores_BN = _all_scores(ranker, question.history, head, settings) if ranked else None
-            for protocol in asked:
-                chosen_B = places[protocol][row_B] == place_B
-                if not chosen_B.any():
-                    continue
-                if protocol == "pointwise":
-                    score_BC = ranker.score(question.history, candidates[row_B], head)
-                    yield question.scored(name, score_BC, chosen_B)
-                elif scores_BN is not None:
-                    yield question.ranked(name, protocol, scores_BN, chosen_B)
+            chosen_of = {protocol: places[protocol][row_B] == place_B for protocol in asked}
+            yield from _answer_batch(name, ranker, head, question, chosen_of, candidates[row_B], settings)
+
+
+def _answer_batch(
+    name: str,
+    ranker: Ranker,
+    head: str,
+    question: Question,
+    chosen_of: Mapping[str, npt.NDArray[np.bool_]],
+    candidates_BC: Ints,
+    settings: ReplaySettings,
+) -> Iterator[pa.Table]:
+    """The answers of one batch, of each protocol about the users chosen for it. Every item is scored once."""
+    ranked: dict[bool, Ranked] = {}
+    scores_BN: Scores | None = None
+    for protocol, chosen_B in chosen_of.items():
+        if not chosen_B.any():
+            continue
+        if protocol == "pointwise":
+            score_BC = ranker.score(question.history, candidates_BC, head)
+            yield question.answers(name, protocol, chosen_B, score_BC=score_BC)
+            continue
+        if scores_BN is None:
+            scores_BN = _all_scores(ranker, question.history, head, settings)
+        masked = protocol == "metrics"
+        if masked not in ranked:
+            ranked[masked] = question.rank_unseen(scores_BN) if masked else question.rank(scores_BN)
+        yield question.answers(name, protocol, chosen_B, ranked=ranked[masked])
 
 
 def _head(ranker: Ranker, protocol: str) -> str:
@@ -216,6 +234,14 @@ def _distinct_questions(places: list[Ints]) -> tuple[Ints, Ints]:
     pairs = np.concatenate([np.stack([np.arange(len(place_U)), place_U], axis=1) for place_U in places])
     pairs = np.unique(pairs[pairs[:, 1] >= 0], axis=0)
     return pairs[:, 0], pairs[:, 1]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Ranks of the targets [B], and the first SHOWN items of each list [B, SHOWN]."""
+
+    rank_B: Ints
+    shown_BK: Ints
 
 
 @dataclass(frozen=True)
@@ -246,44 +272,40 @@ class Question:
         seen = np.unique(np.stack([asker_E, item_E], axis=1), axis=0)  # all of the history, not the newest alone
         return cls(history, visitors.user_U[row_B], visitors.at(row_B, place_B), place_B, seen[:, 0], seen[:, 1])
 
-    def ranked(self, name: str, protocol: str, scores_BN: Scores, chosen_B: npt.NDArray[np.bool_]) -> pa.Table:
-        """Ranks and shown lists of the chosen users."""
-        row_of = np.cumsum(chosen_B) - 1
-        target_C, scores_CN = self.target_B[chosen_B], scores_BN[chosen_B]
-        if protocol == "metrics":
-            seen = chosen_B[self.row_S]
-            row_S, item_S = row_of[self.row_S[seen]], self.item_S[seen]
-            rank_C = ranks_unseen(scores_CN, target_C, row_S, item_S)
-            scores_CN[row_S, item_S] = -np.inf  # a copy: boolean indexing made it
-        else:
-            rank_C = ranks(scores_CN, target_C)
-        empty = np.empty((len(target_C), 0))
-        return self._answers(name, protocol, chosen_B, rank_C, top(scores_CN, SHOWN), empty)
+    def rank(self, scores_BN: Scores) -> Ranked:
+        """Among all items."""
+        return Ranked(ranks(scores_BN, self.target_B), top(scores_BN, SHOWN))
 
-    def scored(self, name: str, score_BC: Scores, chosen_B: npt.NDArray[np.bool_]) -> pa.Table:
-        """Scores of the sampled candidates of the chosen users."""
-        score_CC = np.asarray(score_BC, np.float64)[chosen_B]
-        rank_C = np.zeros(len(score_CC), np.int64)
-        return self._answers(name, "pointwise", chosen_B, rank_C, np.empty((len(score_CC), 0), np.int64), score_CC)
+    def rank_unseen(self, scores_BN: Scores) -> Ranked:
+        """Among the items that are not in the history."""
+        masked_BN = scores_BN.copy()
+        masked_BN[self.row_S, self.item_S] = -np.inf
+        return Ranked(ranks_unseen(scores_BN, self.target_B, self.row_S, self.item_S), top(masked_BN, SHOWN))
 
-    def _answers(
+    def answers(
         self,
         name: str,
         protocol: str,
         chosen_B: npt.NDArray[np.bool_],
-        rank_C: Ints,
-        shown_CK: Ints,
-        score_CC: npt.NDArray[np.float64],
+        *,
+        ranked: Ranked | None = None,
+        score_BC: Scores | None = None,
     ) -> pa.Table:
+        """Rows of ANSWER_SCHEMA about the chosen users: ranks and lists, or scores of the sampled candidates."""
+        users = int(chosen_B.sum())
+        if ranked is None:
+            ranked = Ranked(np.zeros(len(chosen_B), np.int64), np.empty((len(chosen_B), 0), np.int64))
+        if score_BC is None:
+            score_BC = np.empty((len(chosen_B), 0))
         columns = [
-            pa.array([name] * len(rank_C)),
-            pa.array([protocol] * len(rank_C)),
+            pa.array([name] * users),
+            pa.array([protocol] * users),
             pa.array(self.user_B[chosen_B], pa.string()),
             pa.array(self.target_B[chosen_B]),
             pa.array(self.length_B[chosen_B]),
-            pa.array(rank_C),
-            _list_array(shown_CK),
-            _list_array(score_CC),
+            pa.array(ranked.rank_B[chosen_B]),
+            _list_array(ranked.shown_BK[chosen_B]),
+            _list_array(np.asarray(score_BC, np.float64)[chosen_B]),
         ]
         return pa.table(columns, schema=ANSWER_SCHEMA)
 
