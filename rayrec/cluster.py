@@ -1,0 +1,63 @@
+"""One way to reach a Ray cluster: the one that RAY_ADDRESS names, else a fresh local one, quietly.
+
+In: how many CPUs a local cluster may use. Out: an initialised Ray. It must not know what will run on it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import ray
+
+from rayrec.errors import ResourceError, UsageError
+
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the entry point of a submitted job, and for nothing else."""
+
+
+def connect(num_cpus: int | None = None) -> None:
+    """Initialise Ray unless it is already. Raises ResourceError if no cluster can be reached or started."""
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            num_cpus=num_cpus if address == "local" else None,
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
+        what = "start a local Ray" if address == "local" else f"reach the Ray cluster at {address} (RAY_ADDRESS)"
+        raise ResourceError(f"cannot {what}: {error}") from None
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one that `connect` started stops."""
+    ray.shutdown()
+
+
+def cpus() -> int:
+    """CPUs of the connected cluster, at least 1."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def submitted() -> bool:
+    """Whether this process is the entry point of `ray job submit`."""
+    try:
+        config = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
+    except ValueError:
+        return False
+    return "job_submission_id" in config.get("metadata", {})
+
+
+def require_absolute(*paths: str) -> None:
+    """Raise UsageError for a relative path in a submitted job, which starts in a copy of the working folder."""
+    relative = [path for path in paths if "://" not in path and not path.startswith("/")]
+    if relative and submitted():
+        raise UsageError(
+            f"{', '.join(relative)}: a relative path. A submitted job runs in a copy of your folder on the cluster, "
+            "where it would be lost with the job; give an absolute path that all nodes share, or a URI"
+        )

@@ -1,0 +1,304 @@
+"""`rayrec prepare`: a shop's logs, catalogue and images become a dataset. The story, told by Ray Data.
+
+In: a raw folder and settings. Out: a dataset folder, and the report of what became of every row. What a stage does
+to the rows is told in `stages`, and what a row must be in `events` and `visitors`; here is only their order.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec import __version__
+from rayrec.cluster import connect, cpus
+from rayrec.config import PrepareConfig
+from rayrec.data.catalogue_files import RawCatalogue, read_catalogue
+from rayrec.data.clock import Clock, detect_clock
+from rayrec.data.events import Rules
+from rayrec.data.image_shards import ImageDecoder, image_refs
+from rayrec.data.items import BuiltItems, build_items
+from rayrec.data.ledger import merged
+from rayrec.data.mapping import Mapping
+from rayrec.data.raw import Raw, find_raw, plan, sample_pieces, text_bytes
+from rayrec.data.readers import read_piece
+from rayrec.data.sequences import k_core, time_cuts
+from rayrec.data.shuffle import read_table, write_table
+from rayrec.data.stages import (
+    KEEP,
+    CleanResult,
+    FinishResult,
+    Plan,
+    Result,
+    clean,
+    event_columns,
+    find_repeats,
+    finish,
+    ingest,
+    number,
+    source_of,
+)
+from rayrec.data.staging import WORK, Staging, cannot_write
+from rayrec.errors import DataError, RayrecError
+from rayrec.progress import Task
+from rayrec.schema import DATASET_VERSION, REJECT_SCHEMA
+
+R = TypeVar("R")
+
+PARTITION_BYTES = 48 * 1024 * 1024
+"""Text of the events that one task cleans at a time; it needs about ten times as much memory."""
+SAMPLE_FILES = 5
+
+
+def prepare(raw: str, dataset: str, config: PrepareConfig, mapping: Mapping | None = None) -> dict[str, Any]:
+    """Prepare the raw folder `raw` into the dataset folder `dataset` (paths or URIs); answers the report.
+
+    Raises UsageError for input that does not exist or an output that must not be overwritten, DataError for input
+    that cannot be used, ResourceError where nothing can be written or no cluster be had. Nothing half-done stays.
+    """
+    started = time.monotonic()
+    mapping = mapping or Mapping()
+    found = find_raw(raw)
+    clock, clock_found = _clock(found, mapping, config)
+    rules = Rules.of(config.clean, clock, mapping)
+    staging = Staging(dataset)
+    try:
+        with staging as out:
+            connect()
+            _quiet()
+            size = text_bytes(found.events)
+            tasks = tuple(tuple(task) for task in plan(found.fs, found.events, 2 * cpus()))
+            partitions = config.shards or max(-(-size // PARTITION_BYTES), min(cpus(), len(tasks)))
+            run = Run(found, Plan(found.fs, out, tasks, partitions, rules, config), config)
+            report = {**run.report(), "clock": clock, "clock_found": clock_found}
+            report["seconds"] = round(time.monotonic() - started, 2)
+            out.json("report.json", report)
+            staging.commit(_facts(report, clock, config))
+            return report
+    except OSError as error:
+        raise cannot_write(dataset, error) from None
+
+
+class Run:
+    """One run of prepare: the stages in their order. Each reads what the one before has left in the work folder."""
+
+    def __init__(self, raw: Raw, plan: Plan, config: PrepareConfig) -> None:
+        self.raw, self.plan, self.config, self.out = raw, plan, config, plan.out
+        self.names = [file.name for file in raw.events]
+
+    def report(self) -> dict[str, Any]:
+        """Run all stages; answers `report.json` without the time taken."""
+        catalogue = read_catalogue(self.raw, self.plan.rules.mapping)
+        if len(catalogue.rejects):
+            self.out.parquet("rejects/items/part-00000.parquet", catalogue.rejects)
+        ingested = self._ingest()
+        cleaned = self._clean(ingested)
+        finished = self._finish(cleaned)
+        items = self._items(catalogue, finished)
+        images = self._images(catalogue, items)
+        self._reject_events(ingested)
+
+        ledger = merged(result.ledger for result in [*ingested, *cleaned, *finished])
+        kept = sum((result.kept for result in finished), Counter[int]())
+        ledger.repair({f"items:{what}": n for what, n in {**catalogue.repairs, **items.repairs}.items()})
+        events = ledger.report(self.names, kept)
+        return {
+            "events": events,
+            "items": catalogue.report,
+            "images": images,
+            "repairs": dict(sorted(ledger.repairs.items())),
+            "users": sum(result.users for result in finished),
+            "sessions": sum(result.sessions for result in finished),
+            "sequences": sum(result.sequences for result in finished),
+            "catalogue": len(items.table),
+            "actions": dict(sum((result.actions for result in finished), Counter[str]()).most_common()),
+            "ignored_columns": sorted(set().union(*(result.ignored for result in ingested))),
+        }
+
+    def _ingest(self) -> list[Result]:
+        results = list(each("Reading events", partial(ingest, self.plan), len(self.plan.tasks)))
+        read = sum(result.ledger.total().read for result in results)
+        if not read:
+            raise DataError(f"{', '.join(self.names[:5])}: a header and no rows; there is nothing to prepare")
+        self._refuse_nothing(results)
+        return results
+
+    def _clean(self, ingested: list[Result]) -> list[CleanResult]:
+        dealt = [name for result in ingested for name in result.files]
+        n = self.plan.n_partitions
+        has_event_ids = any("event_id" in result.found for result in ingested)
+        if has_event_ids:
+            list(each("Finding repeated events", partial(find_repeats, self.plan, dealt), n))
+        results = list(each("Cleaning visitors", partial(clean, self.plan, dealt, has_event_ids), n))
+        self._refuse_nothing([*ingested, *results])
+        return results
+
+    def _finish(self, cleaned: list[CleanResult]) -> list[FinishResult]:
+        item_ids = sorted(set().union(*(result.item_ids for result in cleaned)))
+        table = pa.table({"item_id": pa.array(item_ids, pa.string())})
+        write_table(self.out.fs, self.out.path(f"{WORK}/item_ids.arrow"), table)
+        times = np.concatenate([result.time_ms for result in cleaned])
+        cuts = time_cuts(times, self.config.split, self.plan.rules.clock)
+        if self.config.clean.k_core:
+            self._mark_core(table["item_id"].combine_chunks())
+        results = list(each("Building sequences", partial(finish, self.plan, cuts), self.plan.n_partitions))
+        self._refuse_nothing([*cleaned, *results], sum(result.kept.total() for result in results))
+        return results
+
+    def _mark_core(self, item_ids: pa.Array) -> None:
+        """Find the k-core, in memory: 16 bytes an event."""
+        users, items = [], []
+        n_users = 0
+        for partition in range(self.plan.n_partitions):
+            path = self.out.path(f"{WORK}/clean-{partition:05d}.arrow")
+            events = read_table(self.out.fs, path, ["user_id", "item_id"]).combine_chunks()
+            user = events["user_id"].combine_chunks().dictionary_encode()
+            users.append(user.indices.to_numpy().astype(np.int64) + n_users)
+            n_users += len(user.dictionary)
+            items.append(pc.index_in(events["item_id"].combine_chunks(), item_ids).to_numpy().astype(np.int64))
+        kept_E = k_core(np.concatenate(users), np.concatenate(items), self.config.clean.k_core)
+        ends = np.cumsum([len(part) for part in users])[:-1]
+        for partition, keep in enumerate(np.split(kept_E, ends)):
+            path = self.out.path(f"{WORK}/core-{partition:05d}.arrow")
+            write_table(self.out.fs, path, pa.table({KEEP: pa.array(keep)}))
+
+    def _items(self, catalogue: RawCatalogue, finished: list[FinishResult]) -> BuiltItems:
+        """Number and encode the items, write them and their vocabularies, then the sequences with these numbers."""
+        item_ids = read_table(self.out.fs, self.out.path(f"{WORK}/item_ids.arrow"))["item_id"].combine_chunks()
+        n_events = np.sum([result.n_events for result in finished], axis=0)
+        n_train = np.sum([result.n_train for result in finished], axis=0)
+        there = n_events > 0
+        items = build_items(catalogue.items, item_ids.filter(pa.array(there)), n_train[there], frozenset(), self.config)
+        for name, words in items.vocab.items():
+            self.out.json(f"vocab/{name}.json", words)
+        self.out.json("vocab/encoder.json", items.encoder.to_dict())
+        place = pc.index_in(item_ids, items.table["item_id"].combine_chunks())
+        index_of_place = pc.fill_null(pc.add(place, 1), 0).to_numpy(zero_copy_only=False).astype(np.int32)
+        list(each("Numbering items", partial(number, self.plan, index_of_place), self.plan.n_partitions))
+        return items
+
+    def _images(self, catalogue: RawCatalogue, items: BuiltItems) -> dict[str, Any]:
+        """Decode the images of known items; write the item table, which says who has one."""
+        index = dict(zip(items.table["item_id"].to_pylist(), items.table["item_index"].to_pylist(), strict=True))
+        decoder = ImageDecoder(self.raw, self.out, self.config.images, image_refs(self.raw, catalogue.images), index)
+        gallery = decoder.gathered(each("Decoding images", decoder.decode, decoder.n_batches))
+        if len(gallery.rejects):
+            self.out.parquet("rejects/images/part-00000.parquet", gallery.rejects)
+        has_image = np.zeros(len(items.table), bool)
+        has_image[gallery.index - 1] = True
+        place = items.table.column_names.index("has_image")
+        table = items.table.set_column(place, items.table.schema.field(place), pa.array(has_image))
+        self.out.parquet("items/part-00000.parquet", table)
+        return gallery.report
+
+    def _reject_events(self, ingested: list[Result]) -> None:
+        """Write the rejected events with their file and row, now that the rows of every piece are counted."""
+        pieces = [piece for task in self.plan.tasks for piece in task]
+        rows = Counter[int]()
+        for result in ingested:
+            rows.update(result.rows)
+        first_row = np.zeros(len(pieces), np.int64)
+        for n in range(1, len(pieces)):
+            if pieces[n].file == pieces[n - 1].file:
+                first_row[n] = first_row[n - 1] + rows[n - 1]
+        shards = [name for name in self.out.files() if name.startswith(f"{WORK}/rejects-")]
+        for n, name in enumerate(shards):
+            table = read_table(self.out.fs, self.out.path(name)).sort_by("origin")
+            file, row = source_of(table["origin"], self.plan, self.names, first_row)
+            rejects = pa.table({"file": file, "row": row, "reason": table["reason"], "raw": table["raw"]})
+            self.out.parquet(f"rejects/events/part-{n:05d}.parquet", rejects.cast(REJECT_SCHEMA))
+
+    def _refuse_nothing(self, results: list[Any], kept: int | None = None) -> None:
+        """Raise DataError if no row is left, saying why they went."""
+        total = merged(result.ledger for result in results).total()
+        left = total.kept if kept is None else kept
+        if left <= 0:
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in total.rejected.most_common())
+            raise DataError(
+                f"{', '.join(self.names[:5])}: every row was rejected ({reasons}). Check the columns and actions "
+                "(--map), the clock (--set clock=...) and the window of times (--set clean.after=..., clean.before=...)"
+            )
+
+
+# ---------------------------------------------------------------- Ray Data
+
+
+def each(title: str, work: Callable[[int], R], n: int) -> Iterator[R]:
+    """`work(0)`, ..., `work(n - 1)`, run by Ray Data on the whole cluster; the results in order.
+
+    Raises what `work` raised. A task that is lost with its node runs again: `work` must not mind.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    if not n:
+        return
+
+    def apply(batch: Any) -> Any:
+        return {"id": batch["id"], "result": [pickle.dumps(work(int(i))) for i in batch["id"]]}
+
+    results: dict[int, R] = {}
+    with Task(title, n) as task:
+        try:
+            for row in ray.data.range(n, override_num_blocks=n).map_batches(apply, batch_size=1).iter_rows():
+                results[row["id"]] = pickle.loads(row["result"])
+                task.advance()
+        except RayError as error:
+            raise _ours(error) from error
+    yield from (results[i] for i in range(n))
+
+
+def _ours(error: BaseException) -> BaseException:
+    """The error that a task raised, out of Ray's wrappings."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RayrecError | OSError) and not hasattr(cause, "traceback_str"):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def _quiet() -> None:
+    """Our own progress is enough."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+# ---------------------------------------------------------------- before the first task
+
+
+def _clock(raw: Raw, mapping: Mapping, config: PrepareConfig) -> tuple[Clock, Clock]:
+    """The clock to use, and the one that a sample of the first files shows. Raises DataError for missing columns."""
+    times: list[pa.Array] = []
+    for piece in sample_pieces(raw.fs, raw.events[:SAMPLE_FILES]):
+        block = next(read_piece(raw.fs, piece, event_columns(piece, mapping)), None)
+        if block is not None and len(block.rows):
+            times.append(block.rows["timestamp"].combine_chunks()[:10_000])
+    found = detect_clock(pa.concat_arrays(times) if times else pa.array([], pa.string()))
+    return (found if config.clock == "auto" else config.clock), found
+
+
+def _facts(report: dict[str, Any], clock: Clock, config: PrepareConfig) -> dict[str, Any]:
+    """What the manifest says beside the files."""
+    counts = {name: report[name] for name in ("users", "sessions", "sequences", "catalogue")}
+    return {
+        "version": DATASET_VERSION,
+        "rayrec": __version__,
+        "created": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "clock": clock,
+        "config": config.model_dump(mode="json"),
+        "counts": {**counts, **{kind: report[kind]["kept"] for kind in ("events", "items", "images")}},
+    }
