@@ -95,14 +95,14 @@ class Bundle:
         return np.load(self.path / "vectors.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
-    def cooccurrence(self) -> sp.csr_matrix:
+    def cooccurrence(self) -> sp.csr_array:
         """Which item follows which: [N + 1, N + 1] float32, row i holds the weights of what comes after i."""
         folder = self.path / "cooccurrence"
         arrays = [
             np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False) for part in ("data", "indices", "indptr")
         ]
         n = len(arrays[2]) - 1
-        return sp.csr_matrix(tuple(arrays), shape=(n, n))
+        return sp.csr_array(tuple(arrays), shape=(n, n))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The model's weights."""
@@ -157,7 +157,7 @@ class BundleWriter:
         """Write a numpy array, without pickles."""
         np.save(self.file(name), values, allow_pickle=False)
 
-    def matrix(self, name: str, matrix: sp.csr_matrix) -> None:
+    def matrix(self, name: str, matrix: sp.csr_array) -> None:
         """Write a sparse matrix as the folder `name`."""
         for part in ("data", "indices", "indptr"):
             self.array(f"{name}/{part}.npy", getattr(matrix, part))
@@ -187,7 +187,7 @@ def add_file(bundle: Bundle, name: str, write: Callable[[Path], None]) -> Bundle
     try:
         write(part)
         digest = sha256(part)
-        os.replace(part, bundle.path / name)
+        part.replace(bundle.path / name)
     finally:
         part.unlink(missing_ok=True)
     manifest = {**bundle.manifest, "files": {**bundle.manifest["files"], name: digest}}
@@ -233,19 +233,15 @@ def write_atomically(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(stream)
-
-
-def _sha(stream: Any) -> str:
     digest = hashlib.sha256()
-    for block in iter(lambda: stream.read(1 << 20), b""):
-        digest.update(block)
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
     return digest.hexdigest()

@@ -24,10 +24,10 @@ class Transitions:
     count: [N + 1, N + 1] csr, count[i, j] how often j followed i in training.
     """
 
-    def __init__(self, count: sp.csr_matrix) -> None:
-        self.count = count
-        total_N = np.asarray(count.sum(1)).ravel()
-        self.share = sp.diags_array(1.0 / np.maximum(total_N, 1.0)) @ count
+    def __init__(self, count: sp.csr_array) -> None:
+        self.count = sp.csr_array(count).astype(np.float32)
+        total_N = np.asarray(self.count.sum(1)).ravel()
+        self.share = sp.csr_array(sp.diags_array(1.0 / np.maximum(total_N, 1.0)) @ self.count).astype(np.float32)
 
     def scores(self, history: HistoryBatch) -> tuple[Floats, Floats]:
         """Weighted counts and weighted shares of what follows. Two of [B, N + 1] float32."""
@@ -35,14 +35,14 @@ class Transitions:
         return (weight_BN @ self.count).toarray(), (weight_BN @ self.share).toarray()
 
 
-def _recent(history: HistoryBatch, n_rows: int) -> sp.csr_matrix:
+def _recent(history: HistoryBatch, n_rows: int) -> sp.csr_array:
     """The last items of each visitor with their weights. [B, N + 1] csr."""
     back_K = np.arange(STEPS_BACK)
     at_BK = history.length_B[:, None] - 1 - back_K
     visitor_P, step_P = np.nonzero(at_BK >= 0)
     item_P = history.item_BL[visitor_P, at_BK[visitor_P, step_P]]
     weight_P = (DECAY**step_P).astype(np.float32)
-    return sp.csr_matrix((weight_P, (visitor_P, item_P)), shape=(len(history), n_rows))
+    return sp.csr_array((weight_P, (visitor_P, item_P)), shape=(len(history), n_rows))
 
 
 def top(scores_BN: Floats, k: int) -> Ints:

@@ -6,8 +6,10 @@ In: item rows, `HistoryTensors`. Out: vectors of width D. They must not know los
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,12 +39,13 @@ class HistoryTensors:
         """Tensors that share the arrays' memory on the CPU; `pin` prepares them for an asynchronous copy."""
         longest = max(1, int(batch.length_B.max(initial=0)))
 
-        def move(values: np.ndarray) -> Tensor:
+        def move(values: npt.NDArray[Any]) -> Tensor:
             tensor = torch.from_numpy(np.ascontiguousarray(values))
             return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
 
         columns = (batch.item_BL, batch.action_BL, batch.gap_s_BL, batch.hour_BL, batch.seen_BL)
-        return cls(*(move(values[:, :longest]) for values in columns), move(batch.length_B))
+        item, action, gap_s, hour, seen = (move(values[:, :longest]) for values in columns)
+        return cls(item, action, gap_s, hour, seen, move(batch.length_B))
 
 
 class ItemTable(nn.Module):

@@ -64,9 +64,7 @@ class Recommender(nn.Module):
         self.behaviour = BehaviourLSTM(config.model)
         self.fusion = Fusion(config.model)
         self.sampler = NegativeSampler(n_train_N)
-        self.sampled = config.train.negatives or (
-            SAMPLED_NEGATIVES if n_items > config.train.full_softmax_below else 0
-        )
+        self.sampled = config.train.negatives or (SAMPLED_NEGATIVES if n_items > config.train.full_softmax_below else 0)
         # The fusion trains on frozen vectors; they are set when the first stage is done.
         self.vector_ND: Tensor | None = None
 

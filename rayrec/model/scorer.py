@@ -27,6 +27,7 @@ class Scorer:
     """Ranks items for visitors; the same object judges in evaluation and answers in serving.
 
     vectors_ND: [N + 1, D] float32, row 0 zeros. cooccurrence: [N + 1, N + 1] csr, what follows what.
+    fused: rank by the fusion; without it by inner product alone (always so for the paper's model).
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class Scorer:
         model: Recommender | PaperModel,
         catalogue: Catalogue,
         vectors_ND: Floats,
-        cooccurrence: sp.csr_matrix,
+        cooccurrence: sp.csr_array,
         clock: str,
+        *,
+        fused: bool = True,
     ) -> None:
         self.model = model.eval()
         self.catalogue = catalogue
@@ -44,20 +47,18 @@ class Scorer:
         self.clock = clock
         self.heads = model.heads
         self.max_len = model.config.model.max_len
-        self._vector_ND = torch.as_tensor(np.ascontiguousarray(vectors_ND))
+        self.fused = fused and isinstance(model, Recommender)
         self._transitions = Transitions(cooccurrence)
         self._popular_N = np.argsort(-catalogue.n_train[1:], kind="stable") + 1
         self._device = next(model.parameters()).device
-        self._vector_ND = self._vector_ND.to(self._device)
+        self._vector_ND = torch.from_numpy(np.array(vectors_ND, np.float32)).to(self._device)
 
     @torch.inference_mode()
     def user_vectors(self, history: HistoryBatch) -> Floats:
         """What each visitor wants next. [B, D] float32."""
         return self.model.encode_users(HistoryTensors.of(history, self._device), self._vector_ND).cpu().numpy()
 
-    def fuse(
-        self, history: HistoryBatch, user_BD: Floats, candidates_BC: Ints, heads: Mapping[str, float]
-    ) -> Floats:
+    def fuse(self, history: HistoryBatch, user_BD: Floats, candidates_BC: Ints, heads: Mapping[str, float]) -> Floats:
         """Weighted mean of the heads' probabilities; -inf for padding. [B, C] float32.
 
         heads: weight of each head, for example {"next": 0.7, "purchase": 0.3}; a head that this model lacks is
@@ -66,7 +67,8 @@ class Scorer:
         total = sum(heads.values())
         if total <= 0:
             raise ValueError("the weights of the heads must add up to more than 0")
-        logit_BCH = self._logits(history, user_BD, candidates_BC, self._follow_at(history, candidates_BC))
+        follow_BC2 = _at(candidates_BC, *self._transitions.scores(history))
+        logit_BCH = self._logits(history, user_BD, candidates_BC, follow_BC2)
         probability_BCH = self.model.calibrated(logit_BCH).cpu().numpy()
         score_BC = np.zeros(candidates_BC.shape, np.float32)
         for head, weight in heads.items():
@@ -85,34 +87,30 @@ class Scorer:
         user_BD = self.user_vectors(history)
         model_BN = user_BD @ self.vectors_ND.T
         model_BN[:, 0] = -np.inf
-        if isinstance(self.model, PaperModel):
+        if not self.fused:
             return model_BN
-        count_BN, share_BN = self._transitions.scores(history)
-        candidates_BC = retrieve(history, model_BN, count_BN, self._popular_N, self.model.config.model.candidates)
-        follow_BC2 = np.stack(
-            [np.take_along_axis(count_BN, candidates_BC, 1), np.take_along_axis(share_BN, candidates_BC, 1)], -1
-        )
+        candidates_BC, follow_BC2 = self._retrieve(history, model_BN)
         logit_BC = self._logits(history, user_BD, candidates_BC, follow_BC2)[..., self._head(head)].cpu().numpy()
-        logit_BC = np.where(candidates_BC > 0, logit_BC, np.inf)
-        floor_B1 = logit_BC.min(1, keepdims=True)
-        finite_BN = np.where(np.isfinite(model_BN), model_BN, -np.inf)
-        below_BN = finite_BN - finite_BN.max(1, keepdims=True) + floor_B1 - 1.0
-        np.put_along_axis(below_BN, candidates_BC, np.where(candidates_BC > 0, logit_BC, -np.inf), axis=1)
+        real_BC = candidates_BC > 0
+        lowest_B1 = np.where(real_BC, logit_BC, np.inf).min(1, keepdims=True)
+        below_BN = model_BN - model_BN.max(1, keepdims=True) + lowest_B1 - 1.0
+        np.put_along_axis(below_BN, candidates_BC, np.where(real_BC, logit_BC, -np.inf), axis=1)
         below_BN[:, 0] = -np.inf
-        return below_BN.astype(np.float32)
+        return below_BN
 
     def candidates(self, history: HistoryBatch) -> tuple[Ints, Floats]:
         """What retrieval returns, and each candidate's transition count and share. [B, C] int64, [B, C, 2]."""
-        model_BN = self.user_vectors(history) @ self.vectors_ND.T
+        return self._retrieve(history, self.user_vectors(history) @ self.vectors_ND.T)
+
+    def _retrieve(self, history: HistoryBatch, model_BN: Floats) -> tuple[Ints, Floats]:
         count_BN, share_BN = self._transitions.scores(history)
         candidates_BC = retrieve(history, model_BN, count_BN, self._popular_N, self.model.config.model.candidates)
-        take = [np.take_along_axis(values_BN, candidates_BC, 1) for values_BN in (count_BN, share_BN)]
-        return candidates_BC, np.stack(take, -1)
+        return candidates_BC, _at(candidates_BC, count_BN, share_BN)
 
-    def _follow_at(self, history: HistoryBatch, candidates_BC: Ints) -> Floats:
-        count_BN, share_BN = self._transitions.scores(history)
-        take = [np.take_along_axis(values_BN, candidates_BC, 1) for values_BN in (count_BN, share_BN)]
-        return np.stack(take, -1)
+    def logits(self, history: HistoryBatch, candidates_BC: Ints) -> Floats:
+        """Raw logits of every head, before calibration; padding is not masked. [B, C, heads] float32."""
+        follow_BC2 = _at(candidates_BC, *self._transitions.scores(history))
+        return self._logits(history, self.user_vectors(history), candidates_BC, follow_BC2).cpu().numpy()
 
     def _head(self, head: str) -> int:
         return self.heads.index(head) if head in self.heads else 0
@@ -129,3 +127,8 @@ class Scorer:
             self._vector_ND,
             move(follow_BC2),
         )
+
+
+def _at(candidates_BC: Ints, *scores: Floats) -> Floats:
+    """Each of the [B, N + 1] scores at the candidates, side by side. [B, C, 2] float32."""
+    return np.stack([np.take_along_axis(scores_BN, candidates_BC, 1) for scores_BN in scores], -1).astype(np.float32)

@@ -1,0 +1,55 @@
+"""Calibration: the fusion's logits to probabilities. Platt's two numbers a head, which keep every order.
+
+In: a trained model and rows of `examples`. Out: the model's calibration is set. It must not know files or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import torch
+from scipy.optimize import minimize
+
+from rayrec.model.recommender import Recommender
+from rayrec.model.scorer import Scorer
+from rayrec.training.batches import history_of
+
+NEGATIVES = 100
+MAX_ROWS = 2000
+MIN_ROWS = 20
+
+
+def calibrate(model: Recommender, scorer: Scorer, chunks: Iterable[pa.Table], seed: int) -> None:
+    """Fit each head so that its sigmoid is the chance of the next item among 100 drawn uniformly.
+
+    A head with fewer than MIN_ROWS rows of its own (no purchases, say) takes the numbers of "next".
+    (Platt 1999, without his smoothing of the labels.)
+    """
+    rows = pa.concat_tables(list(chunks))[:MAX_ROWS]
+    if not len(rows):
+        return
+    rng = np.random.default_rng(seed)
+    history = history_of(rows, scorer.max_len, scorer.clock)
+    target_B1 = np.asarray(rows["target"], np.int64)[:, None]
+    negative_BM = rng.integers(1, len(scorer.catalogue) + 1, (len(rows), NEGATIVES))
+    logit_BCH = scorer.logits(history, np.concatenate([target_B1, negative_BM], 1))
+    purchase_B = np.asarray(rows["purchase"].combine_chunks().to_numpy(zero_copy_only=False), bool)
+    fitted = _platt(logit_BCH[..., 0])
+    own = purchase_B if purchase_B.sum() >= MIN_ROWS else np.ones(len(rows), bool)
+    fitted_H2 = [fitted, _platt(logit_BCH[own][..., 1])]
+    model.fusion.calibration_H2.copy_(torch.tensor(np.array(fitted_H2, np.float32)))
+
+
+def _platt(logit_BC: np.ndarray) -> tuple[float, float]:
+    """Scale (positive) and shift that minimise the log loss; column 0 holds the right items."""
+    label_BC = np.zeros(logit_BC.shape)
+    label_BC[:, 0] = 1
+
+    def loss(x: np.ndarray) -> float:
+        z_BC = np.exp(x[0]) * logit_BC + x[1]
+        return float(np.mean(np.logaddexp(0, z_BC) - label_BC * z_BC))
+
+    best = minimize(loss, np.array([0.0, -4.0]), method="Nelder-Mead", options={"maxiter": 200}).x
+    return float(np.exp(best[0])), float(best[1])

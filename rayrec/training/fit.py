@@ -1,0 +1,250 @@
+"""The story of a training: stages, epochs, validation, early stop, checkpoints. One worker's view.
+
+In: a `Job`, the worker's `Feed` of rows and its `Peers`. Out: `Report`s; the last one carries the finished model.
+It must not know Ray: alone in one process it runs as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rayrec.catalogue import Catalogue
+from rayrec.config import Config, TrainConfig
+from rayrec.data.dataset import Dataset
+from rayrec.evaluation import ReplaySettings, replay, summarise
+from rayrec.model.paper import PaperModel
+from rayrec.model.recommender import build
+from rayrec.model.scorer import Scorer
+from rayrec.training.batches import ListCollate, NextItemCollate, PairCollate, minibatches
+from rayrec.training.calibrate import calibrate
+from rayrec.training.loop import EarlyStop, EpochStats, Learner, train_epoch
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a training is told.
+
+    followers: transition counts of the first stage, [N + 1, N + 1]. rows: rows of each table in the whole dataset.
+    """
+
+    config: Config
+    dataset: str
+    followers: sp.csr_array
+    rows: dict[str, int]
+
+
+class Feed(Protocol):
+    """Where a worker's rows come from."""
+
+    def chunks(self, table: str, rng: np.random.Generator) -> Iterator[pa.Table]:
+        """This worker's rows for a stage, "retrieval", "fusion" or "pairs", once over, in chunks to be shuffled."""
+
+
+class Peers(Protocol):
+    """What a worker shares with the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module whose backward pass averages gradients over the workers."""
+
+    def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
+        """The value that the first worker gives, on every worker."""
+
+    def report(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
+        """Called by every worker after each epoch; `save` writes the first worker's checkpoint into a folder."""
+
+    def step(self, stage: str, epoch: int, steps: int, step: int, loss: float) -> None:
+        """Show how far this worker is."""
+
+
+@dataclass
+class Fit:
+    """One worker's training. `history` holds a line for each epoch of every stage."""
+
+    job: Job
+    feed: Feed
+    peers: Peers
+    resume: Path | None = None
+
+    def __post_init__(self) -> None:
+        config = self.job.config
+        torch.manual_seed(config.train.seed)
+        self.dataset = Dataset.open(self.job.dataset)
+        self.catalogue: Catalogue = self.dataset.catalogue()
+        images = self.dataset.images() if config.model.use_image else None
+        self.model = build(
+            config, self.catalogue, images.item_M if images else None, images.pixels_MHWC if images else None
+        ).to(self.peers.device)
+        self.history: list[dict[str, Any]] = []
+        self.judged = _sample(self.dataset, config.train) if self.peers.rank == 0 else None
+
+    def run(self) -> None:
+        """Run every stage that is not done yet, then hand over the finished model."""
+        train = self.job.config.train
+        saved = self._restore()
+        if isinstance(self.model, PaperModel):
+            self._stage("pairs", train.epochs, saved, lambda rows, rng: self._pairs(rows, rng))
+        else:
+            collate = NextItemCollate(
+                self.model.config.model.max_len, self.dataset.clock, self.peers.device, self.peers.device.type == "cuda"
+            )
+            self._stage("retrieval", train.epochs, saved, lambda rows, rng: map(collate, self._batches(rows, rng)))
+            self.model.vector_ND = self.model.encode_items()
+            lists = ListCollate(self._scorer(), self.peers.device)
+            self._stage("fusion", train.fusion_epochs, saved, lambda rows, rng: map(lists, self._batches(rows, rng)))
+            calibrate(
+                self.model, self._scorer(), self.feed.chunks("fusion", np.random.default_rng(train.seed)), train.seed
+            )
+        vector_ND = self.model.encode_items().cpu().numpy()
+        self.peers.report({"stage": "done"}, lambda folder: self._finish(folder, vector_ND))
+
+    def _stage(self, stage: str, epochs: int, saved: dict[str, Any] | None, make: Callable[..., Iterator[Any]]) -> None:
+        """Train one stage to its end, and leave its best weights in the model."""
+        if saved and stage in saved["finished"]:
+            return
+        train = self.job.config.train
+        parameters = list(self.model.stage_parameters(stage))
+        chosen = {id(parameter) for parameter in parameters}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        steps = self._steps(stage)
+        learner = Learner(self.peers.wrap(self.model), parameters, train, epochs * steps, self.peers.device)
+        stopper, first = EarlyStop(train.patience), 0
+        best = {name: value.clone() for name, value in self.model.state_dict().items()}
+        if saved and saved["stage"] == stage:
+            learner.restore(saved["learner"])
+            stopper, first, best = EarlyStop(train.patience, *saved["stopper"]), saved["epoch"] + 1, saved["best"]
+        elif stage == "fusion":
+            stopper.better(score(self._validate(stage)))  # the fusion must beat plain retrieval
+        for epoch in range(first, epochs):
+            if stopper.stop:
+                break
+            rng = np.random.default_rng([train.seed, len(stage), epoch, self.peers.rank])
+            torch.manual_seed(int(rng.integers(2**31)))
+            batches = islice(make(self.feed.chunks(stage, rng), rng), steps)
+            stats = train_epoch(learner, stage, epoch, batches, partial(self.peers.step, stage, epoch, steps))
+            metrics = self._validate(stage)
+            if stopper.better(score(metrics)):
+                best = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self._report(stats, metrics, learner, stopper, best)
+        self.model.load_state_dict(best)
+
+    def _batches(self, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[pa.Table]:
+        return minibatches(chunks, self.job.config.train.batch_size, rng)
+
+    def _pairs(self, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[Any]:
+        config = self.job.config
+        collate = PairCollate(
+            config.model.max_len, self.dataset.clock, len(self.catalogue), config.train.negatives, self.peers.device
+        )
+        for rows in minibatches(chunks, config.train.batch_size, rng, bucket=False):
+            yield from collate(rows, rng)
+
+    def _steps(self, stage: str) -> int:
+        """Steps of an epoch: the same on every worker, whatever rows it was given."""
+        train = self.job.config.train
+        samples = self.job.rows[stage] // self.peers.world
+        if train.max_samples:
+            samples = min(samples, -(-train.max_samples // self.peers.world))
+        return max(1, -(-samples // train.batch_size))
+
+    def _scorer(self, fused: bool = True) -> Scorer:
+        vector_ND = self.model.encode_items().cpu().numpy()
+        return Scorer(self.model, self.catalogue, vector_ND, self.job.followers, self.dataset.clock, fused=fused)
+
+    def _validate(self, stage: str) -> dict[str, float]:
+        """The first worker's judgement of the model as it stands, on every worker."""
+        found = None
+        if self.peers.rank == 0:
+            scorer = self._scorer(fused=stage == "fusion")
+            settings = ReplaySettings(
+                split="valid",
+                n_items=len(self.catalogue),
+                clock=self.dataset.clock,
+                max_len=scorer.max_len,
+                protocols=("metrics", "next"),
+            )
+            body = summarise(replay({"model": scorer}, self.judged, settings), self.catalogue, settings)
+            found = {f"valid_{protocol}_ndcg@10": body[protocol]["ndcg@10"] or 0.0 for protocol in settings.protocols}
+        return self.peers.agree(found)
+
+    def _report(
+        self,
+        stats: EpochStats,
+        metrics: dict[str, float],
+        learner: Learner,
+        stopper: EarlyStop,
+        best: dict[str, Tensor],
+    ) -> None:
+        line = {
+            **asdict(stats),
+            "samples_per_s": stats.samples_per_s,
+            "wait_share": stats.wait_s / max(stats.seconds, 1e-9),
+            **metrics,
+        }
+        self.history.append(line)
+
+        def save(folder: Path) -> None:
+            save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
+            save_file(_savable(best), folder / "best.safetensors")
+            torch.save(learner.state(), folder / "learner.pt")
+            state = {
+                "stage": stats.stage,
+                "epoch": stats.epoch,
+                "stopper": [stopper.best, stopper.epochs_since],
+                "finished": ["retrieval"] if stats.stage == "fusion" else [],
+                "history": self.history,
+                "config": self.job.config.model_dump(),
+            }
+            (folder / "state.json").write_text(json.dumps(state))
+
+        self.peers.report(line, save)
+
+    def _restore(self) -> dict[str, Any] | None:
+        """The state of an interrupted training, with its weights put into the model; None to begin anew."""
+        if self.resume is None:
+            return None
+        saved: dict[str, Any] = json.loads((self.resume / "state.json").read_text())
+        self.history = saved["history"]
+        self.model.load_state_dict(load_file(self.resume / "model.safetensors"))
+        saved["best"] = {n: v.to(self.peers.device) for n, v in load_file(self.resume / "best.safetensors").items()}
+        saved["learner"] = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
+        return saved
+
+    def _finish(self, folder: Path, vector_ND: np.ndarray) -> None:
+        save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
+        np.save(folder / "vectors.npy", vector_ND, allow_pickle=False)
+        (folder / "state.json").write_text(json.dumps({"stage": "done", "history": self.history}))
+
+
+def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def score(metrics: dict[str, float]) -> float:
+    """What decides which epoch is best: the mean NDCG@10 of the protocols, new items and all items."""
+    return sum(metrics.values()) / len(metrics)
+
+
+def _sample(dataset: Dataset, train: TrainConfig) -> pa.Table:
+    """Sequences of a seeded sample of the visitors that have a validation target."""
+    sequences = dataset.sequences()
+    tested = np.nonzero(np.asarray(sequences["valid_at"]) >= 0)[0]
+    chosen = np.random.default_rng(train.seed).permutation(tested)[: train.valid_users]
+    return sequences.take(pa.array(np.sort(chosen)))

@@ -1,0 +1,98 @@
+"""The same training in this process alone, without Ray: for tests, and to measure what Ray Train costs.
+
+In: a dataset and settings. Out: a folder with the finished model, as `publish` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from rayrec.config import Config
+from rayrec.data.dataset import Dataset
+from rayrec.training.batches import ROWS_A_CHUNK
+from rayrec.training.fit import Fit, Job
+from rayrec.training.survey import survey
+from rayrec.training.windows import examples, next_item_windows
+
+
+@dataclass
+class LocalFeed:
+    """Every row of a dataset, in memory."""
+
+    dataset: Dataset
+    config: Config
+    kept: dict[str, pa.Table] = field(default_factory=dict)
+
+    def chunks(self, table: str, rng: np.random.Generator) -> Iterator[pa.Table]:
+        """See `fit.Feed`."""
+        if table not in self.kept:
+            self.kept[table] = self._make(table).combine_chunks()
+        rows = self.kept[table]
+        order = rng.permutation(len(rows))
+        for start in range(0, len(rows), ROWS_A_CHUNK):
+            yield rows.take(pa.array(order[start : start + ROWS_A_CHUNK]))
+
+    def _make(self, table: str) -> pa.Table:
+        sequences, length = self.dataset.sequences(), self.config.model.max_len
+        if table == "pairs":
+            return examples(sequences, length)
+        share = self.config.train.fusion_holdout
+        return (
+            next_item_windows(sequences, length, share) if table == "retrieval" else examples(sequences, length, share)
+        )
+
+
+@dataclass
+class Alone:
+    """A worker without others. `folder` receives every checkpoint, the finished model last."""
+
+    folder: Path
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """See `fit.Peers`."""
+        return model
+
+    def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
+        """See `fit.Peers`."""
+        assert value is not None
+        return value
+
+    def report(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
+        """See `fit.Peers`."""
+        self.on_epoch(metrics)
+        save(self.folder)
+
+    def step(self, stage: str, epoch: int, steps: int, step: int, loss: float) -> None:
+        """See `fit.Peers`."""
+
+
+def train_alone(
+    dataset: Dataset,
+    config: Config,
+    folder: Path,
+    *,
+    resume: Path | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> Fit:
+    """Train in this process; `folder` ends with model.safetensors, vectors.npy and state.json."""
+    facts = survey(dataset, len(dataset.catalogue()), config)
+    fit = Fit(
+        Job(config, dataset.path, facts.first_stage, facts.rows),
+        LocalFeed(dataset, config),
+        Alone(folder, on_epoch),
+        resume,
+    )
+    fit.run()
+    return fit

@@ -1,0 +1,66 @@
+"""Trainings of a BUNDLES folder that are under way: names, settings, and where their checkpoints lie.
+
+In: a BUNDLES folder or URI. Out: names of runs. It must not know what a run does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrec.config import Config
+from rayrec.data.dataset import filesystem
+from rayrec.errors import ResourceError, UsageError
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Unfinished and finished trainings of a BUNDLES folder: checkpoints in `.runs/<run>/`, the open one in OPEN."""
+
+    bundles: str
+
+    @property
+    def storage(self) -> str:
+        """Where Ray Train keeps checkpoints."""
+        if "://" in self.bundles:
+            return f"{self.bundles.rstrip('/')}/.runs"
+        return str(Path(self.bundles).absolute() / ".runs")
+
+    def begin(self, config: Config) -> str:
+        """Open a new run and remember its settings."""
+        run = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{config.preset}"
+        self._write({"run": run, "config": config.model_dump(mode="json")})
+        return run
+
+    def unfinished(self, config: Config) -> str:
+        """The run that was not finished. Raises UsageError if there is none, or if it had other settings."""
+        fs, root = filesystem(self.storage)
+        try:
+            with fs.open_input_stream(f"{root}/OPEN") as stream:
+                saved = json.loads(stream.read())
+        except (FileNotFoundError, ValueError):
+            raise UsageError(f"{self.bundles}: no training to resume; start one without --resume") from None
+        if saved["config"] != config.model_dump(mode="json"):
+            raise UsageError(
+                f"{self.bundles}: the training to resume ({saved['run']}) had other settings; give the same preset, "
+                "--set and options, or start anew without --resume"
+            )
+        return str(saved["run"])
+
+    def finish(self, run: str) -> None:
+        """Close the run and drop its checkpoints: the bundle has all that is worth keeping."""
+        fs, root = filesystem(self.storage)
+        fs.delete_file(f"{root}/OPEN")
+        fs.delete_dir(f"{root}/{run}")
+
+    def _write(self, content: dict[str, Any]) -> None:
+        fs, root = filesystem(self.storage)
+        try:
+            fs.create_dir(root, recursive=True)
+            with fs.open_output_stream(f"{root}/OPEN") as stream:
+                stream.write(json.dumps(content).encode())
+        except OSError as error:
+            raise ResourceError(f"{self.bundles}: cannot write here ({error})") from None

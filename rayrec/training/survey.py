@@ -1,0 +1,63 @@
+"""One pass over a dataset's sequences before training: transition counts, and how many rows each stage has.
+
+In: a dataset and settings. Out: what a `Job` needs. It must not know models or Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow.dataset as pads
+import scipy.sparse as sp
+
+from rayrec.config import Config
+from rayrec.data.cooccurrence import count_transitions
+from rayrec.data.dataset import Dataset, filesystem
+from rayrec.data.training_events import TrainingEvents
+from rayrec.errors import DataError
+from rayrec.progress import Task
+from rayrec.training.windows import examples, first_stage_events, next_item_windows
+
+
+@dataclass(frozen=True)
+class Survey:
+    """rows: training rows of each stage. first_stage: transition counts without the events that teach the fusion.
+
+    everything: transition counts of all training events, for serving. Both [N + 1, N + 1] csr.
+    """
+
+    rows: dict[str, int]
+    first_stage: sp.csr_array
+    everything: sp.csr_array
+
+
+def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
+    """Read every shard of sequences once; memory holds one shard and the counts.
+
+    Raises DataError if nothing can be learned: no visitor has two training events.
+    """
+    size = (n_items + 1, n_items + 1)
+    first_stage, everything = sp.csr_array(size), sp.csr_array(size)
+    paper = config.model.kind == "paper"
+    rows = {"pairs": 0} if paper else {"retrieval": 0, "fusion": 0}
+    share = config.train.fusion_holdout
+    fs, root = filesystem(dataset.path)
+    shards = list(pads.dataset(f"{root}/sequences", filesystem=fs, format="parquet").get_fragments())
+    with Task("survey (shards)", len(shards)) as task:
+        for shard in shards:
+            table = shard.to_table()
+            events = TrainingEvents.of(table)
+            everything = everything + count_transitions(events.item_E, events.offsets, n_items)
+            if paper:
+                rows["pairs"] += len(examples(table, 1))
+            else:
+                first_stage = first_stage + count_transitions(*first_stage_events(table, share), n_items)
+                rows["retrieval"] += len(next_item_windows(table, config.model.max_len, share))
+                rows["fusion"] += len(examples(table, 1, share))
+            task.advance()
+    if not next(iter(rows.values())):
+        raise DataError(
+            f"{dataset.path}: nothing to learn from: no visitor has two training events; "
+            "see report.json for what prepare rejected"
+        )
+    return Survey(rows, first_stage, everything)

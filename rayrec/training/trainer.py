@@ -1,0 +1,193 @@
+"""Training on a Ray cluster: shards of rows from Ray Data, workers of Ray Train, one bundle at the end.
+
+In: a dataset folder and settings. Out: a published bundle. Everything that is learned happens in `fit`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rayrec.bundle import Bundle
+from rayrec.cluster import connect
+from rayrec.config import Config
+from rayrec.data.dataset import Dataset, filesystem
+from rayrec.errors import DataError, ResourceError, UsageError
+from rayrec.model.paper import IMAGE_SIZE
+from rayrec.progress import Task, step
+from rayrec.training.fit import Job
+from rayrec.training.publish import write_bundle
+from rayrec.training.runs import Runs
+from rayrec.training.survey import survey
+from rayrec.training.tracking import open_trackers
+from rayrec.training.windows import examples, next_item_windows
+from rayrec.training.workers import Board, train_worker
+
+MIN_CPU_A_WORKER = 0.25
+
+# glibc hands big freed blocks back to the kernel and faults them in again each step, which costs a third of the
+# time of CPU training; keep them.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+
+def train(
+    dataset_path: str,
+    bundles: str,
+    config: Config,
+    *,
+    resume: bool = False,
+    publish: bool = True,
+    wait_s: float = 0.0,
+) -> Bundle:
+    """Train the model of `config` on a dataset; write the bundle, and make it the live one if `publish`.
+
+    resume: go on with the last training of this BUNDLES folder that did not finish.
+    wait_s: how long a cluster that scales up may take to give the workers.
+    Raises ResourceError at once if the cluster cannot give `config.train.workers`.
+    """
+    dataset = Dataset.open(dataset_path)
+    catalogue = dataset.catalogue()
+    _check_images(dataset, config)
+    runs = Runs(bundles)
+    run = runs.unfinished(config) if resume else runs.begin(config)
+    connect()
+    resources = worker_resources(config, wait_s)
+    step(f"train: preset {config.preset}, {config.train.workers} worker(s), {len(catalogue)} items, run {run}")
+    facts = survey(dataset, len(catalogue), config)
+    job = Job(config, dataset_path, facts.first_stage, facts.rows)
+    board = Board.remote()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": ray.put(job), "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.train.workers, use_gpu=config.train.gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=run,
+            storage_path=runs.storage,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(max_failures=2),
+            worker_runtime_env={"env_vars": ALLOCATOR},
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.train.gpu else "gloo"),
+        datasets=_tables(dataset, config),
+        dataset_config=ray.train.DataConfig(datasets_to_split="all"),
+    )
+    with _progress(board, bundles, run, config):
+        result = trainer.fit()
+    if result.checkpoint is None:
+        raise ResourceError(f"the training ended without a checkpoint; see {runs.storage}/{run}")
+    with result.checkpoint.as_directory() as folder:
+        bundle = write_bundle(Path(folder), bundles, dataset, catalogue, config, facts.everything, live=publish)
+    runs.finish(run)
+    return bundle
+
+
+def _tables(dataset: Dataset, config: Config) -> dict[str, Any]:
+    """The rows of each stage, made from sequence shards as they are asked for."""
+    fs, root = filesystem(dataset.path)
+    sequences = ray.data.read_parquet(f"{root}/sequences", filesystem=fs)
+    length, share = config.model.max_len, config.train.fusion_holdout
+
+    def rows(make: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
+        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None, num_cpus=0.5)
+
+    if config.model.kind == "paper":
+        return {"pairs": rows(partial(examples, max_len=length))}
+    return {
+        "retrieval": rows(partial(next_item_windows, max_len=length, fusion_share=share)),
+        "fusion": rows(partial(examples, max_len=length, fusion_share=share)),
+    }
+
+
+def worker_resources(config: Config, wait_s: float) -> dict[str, float]:
+    """What each worker asks of the cluster. On CPUs it leaves one for Ray Data, which feeds the workers.
+
+    Raises ResourceError if the cluster does not have it within `wait_s`.
+    """
+    workers, gpu = config.train.workers, config.train.gpu
+    deadline = time.monotonic() + wait_s
+    if wait_s:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=[{"CPU": 1.0, **({"GPU": 1.0} if gpu else {})}] * workers)
+    while True:
+        have = ray.cluster_resources()
+        cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+        share = min(1.0, (cpus - 1) / workers)
+        if cpus >= workers and share >= MIN_CPU_A_WORKER and (not gpu or gpus >= workers):
+            return {"CPU": share, **({"GPU": 1.0} if gpu else {})}
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(1.0)
+    wanted = f"{workers} GPU(s) and {workers} CPU(s)" if gpu else f"{max(2, workers)} CPU(s)"
+    raise ResourceError(
+        f"{workers} worker(s) need {wanted} and the cluster has {cpus} CPU(s) and {gpus} GPU(s): "
+        "ask for fewer with --workers, add nodes, or give an autoscaling cluster time with --wait SECONDS"
+    )
+
+
+def _check_images(dataset: Dataset, config: Config) -> None:
+    size = int(dataset.manifest["config"]["images"]["size"])
+    if config.model.kind == "paper" and config.model.image_size != IMAGE_SIZE:
+        raise UsageError(f"the paper's model reads {IMAGE_SIZE}x{IMAGE_SIZE} images; leave model.image_size alone")
+    if config.model.use_image and dataset.has("images") and size < config.model.image_size:
+        raise DataError(
+            f"{dataset.path} holds {size}x{size} images and the model reads {config.model.image_size}: "
+            f"prepare with --set images.size={config.model.image_size}, or --set model.image_size={size}"
+        )
+
+
+@contextmanager
+def _progress(board: Any, bundles: str, run: str, config: Config) -> Iterator[None]:
+    """Show what the workers pin on the board, and pass finished epochs to the trackers, while the training runs."""
+    over = threading.Event()
+    trackers = open_trackers(config.train.tracker, bundles, run, config)
+
+    def watch() -> None:
+        read = 0
+        with Task("train (steps)") as task:
+            while True:
+                last = over.wait(0.5)
+                shown, epochs = ray.get(board.read.remote(read))
+                read += len(epochs)
+                if shown:
+                    task.title = f"train {shown.stage} {shown.epoch + 1}"
+                    task.update(shown.step, f"loss {shown.loss:.3f}", shown.steps)
+                for epoch in epochs:
+                    if epoch["stage"] != "done":
+                        step(describe(epoch))
+                        for tracker in trackers:
+                            tracker.epoch(epoch)
+                if last:
+                    return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=10)
+        for tracker in trackers:
+            tracker.close()
+
+
+def describe(epoch: dict[str, Any]) -> str:
+    """An epoch in one line."""
+    scores = "  ".join(f"{name[6:]} {value:.4f}" for name, value in epoch.items() if name.startswith("valid_"))
+    return (
+        f"  {epoch['stage']} {epoch['epoch'] + 1}: loss {epoch['loss']:.4f}  {scores}  "
+        f"{epoch['samples_per_s']:.0f} rows/s, {100 * epoch['wait_share']:.1f}% waiting for data"
+    )
