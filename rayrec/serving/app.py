@@ -7,6 +7,7 @@ runs in the replica that takes the request, so no request crosses a process but 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shutil
 import signal
@@ -60,7 +61,7 @@ def served(
     os.environ.update(settings)  # before Ray starts: its processes read them when they are imported
     started_here = not ray.is_initialized()
     try:
-        cluster.connect()
+        _connect()
         _require_room(config)
         with _stopping_serve():
             _start(build(bundle_path, state_url=state_url, config=config, loader=loader), host, port)
@@ -166,9 +167,18 @@ def proxy_settings(folder: Path) -> dict[str, str]:
     }
 
 
+def _connect() -> None:
+    """Connect to Ray, whose own handler of SIGTERM would end this process with everything left behind."""
+    ours = signal.getsignal(signal.SIGTERM)
+    cluster.connect()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+
+
 def _start(application: Any, host: str, port: int) -> None:
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     serve.run(application, name=APP_NAME, route_prefix="/")
 
