@@ -18,7 +18,8 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, fields
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -75,14 +76,16 @@ CREATE TABLE replicas (
 """
 
 EVENT_COLUMNS = tuple(field.name for field in fields(Event))
+_REST = attrgetter(*EVENT_COLUMNS[1:])
 SHOWN_COLUMNS = tuple(field.name for field in fields(Shown))
 
 
 def _insert(table: str, columns: Sequence[str]) -> str:
-    return f"INSERT OR IGNORE INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})"
+    return f"INSERT INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})"
 
 
-INSERT_EVENT, INSERT_SHOWN = _insert("events", EVENT_COLUMNS), _insert("shown", SHOWN_COLUMNS)
+INSERT_EVENT = _insert("events", EVENT_COLUMNS) + " ON CONFLICT (event_id) DO NOTHING"
+INSERT_SHOWN = _insert("shown", SHOWN_COLUMNS)
 
 
 class SqliteState:
@@ -128,8 +131,9 @@ class SqliteState:
                 if event.time_ms <= erased.get(visitor, -1):
                     outcomes.append("erased")
                     continue
-                event_id = event.event_id or uuid.uuid4().hex
-                row = (visitor, event.item_id, event.action, event.time_ms, event_id, *astuple(event)[5:])
+                row = (visitor, *_REST(event))
+                if event.event_id is None:
+                    row = (*row[:4], uuid.uuid4().hex, *row[5:])
                 outcomes.append("accepted" if db.execute(INSERT_EVENT, row).rowcount else "duplicate")
         return outcomes
 

@@ -1,0 +1,301 @@
+"""What every state backend must do; a backend is one more entry in BACKENDS."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rayrec.errors import StateError, UsageError
+from rayrec.state import State, open_state
+from rayrec.state.protocol import Act, Event, History, Shown
+
+NOW_MS = time.time_ns() // 1_000_000
+BACKENDS: dict[str, Callable[[Path], str]] = {
+    "sqlite": lambda folder: f"sqlite:///{folder}/state.db",
+}
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return BACKENDS[request.param](tmp_path)
+
+
+@pytest.fixture
+def state(url: str) -> Iterator[State]:
+    state = open_state(url)
+    yield state
+    state.close()
+
+
+def view(visitor: str, item_id: str, time_ms: int, action: str = "view", event_id: str | None = None) -> Event:
+    return Event(visitor, item_id, action, time_ms, event_id)
+
+
+def history(state: State, visitor: str, limit: int = 10) -> History:
+    return state.histories([visitor], limit)[0]
+
+
+def items(state: State, visitor: str, limit: int = 10) -> list[str]:
+    return [act.item_id for act in history(state, visitor, limit).acts]
+
+
+def test_events_come_back_as_history_oldest_first(state: State) -> None:
+    assert state.append_events([view("u", "a", 10), view("u", "b", 20, "cart"), view("v", "c", 5)]) == ["accepted"] * 3
+    assert history(state, "u") == History((Act("a", "view", 10), Act("b", "cart", 20)))
+    assert items(state, "v") == ["c"]
+
+
+def test_late_events_take_their_place_and_ties_keep_the_order_of_arrival(state: State) -> None:
+    state.append_events([view("u", "late", 30)])
+    state.append_events([view("u", "early", 10), view("u", "tie-1", 20), view("u", "tie-2", 20)])
+    assert items(state, "u") == ["early", "tie-1", "tie-2", "late"]
+
+
+def test_history_is_bounded_to_the_newest(state: State) -> None:
+    state.append_events([view("u", str(n), n) for n in range(50)])
+    assert items(state, "u", limit=3) == ["47", "48", "49"]
+
+
+def test_only_engagements_make_history(state: State) -> None:
+    state.append_events([view("u", "a", 1), view("u", "b", 2, "impression"), view("u", "c", 3, "hide")])
+    assert items(state, "u") == ["a"]
+
+
+def test_an_event_id_counts_once_ever(state: State) -> None:
+    assert state.append_events([view("u", "a", 1, event_id="e"), view("u", "a", 1, event_id="e")]) == [
+        "accepted",
+        "duplicate",
+    ]
+    assert state.append_events([view("u", "a", 1, event_id="e")]) == ["duplicate"]
+    assert items(state, "u") == ["a"]
+
+
+def test_events_without_an_id_each_count_and_get_one(state: State) -> None:
+    assert state.append_events([view("u", "a", 1), view("u", "a", 1)]) == ["accepted", "accepted"]
+    assert len({event.event_id for event in state.user("u").events}) == 2
+
+
+def test_every_field_of_an_event_survives(state: State) -> None:
+    event = Event(
+        *("u", "a", "purchase", 7, "e", "s", 1.5, 9.99, 2.0, "r", 3, "home", 0.25, "m", "v"),
+    )
+    state.append_events([event])
+    assert state.user("u").events == [event]
+
+
+def test_bought_counts_purchases_less_cancellations(state: State) -> None:
+    actions = [("a", "purchase"), ("b", "purchase"), ("b", "cancel"), ("c", "hide"), ("d", "dislike"), ("e", "view")]
+    state.append_events([view("u", item_id, n, action) for n, (item_id, action) in enumerate(actions)])
+    assert history(state, "u", limit=1).bought == {"a"}
+    assert history(state, "u", limit=1).hidden == {"c", "d"}
+
+
+def test_unknown_visitors_have_an_empty_history(state: State) -> None:
+    assert state.histories(["nobody", "nobody", "else"], 10) == [History()] * 3
+    assert state.histories([], 10) == []
+    assert state.user("nobody").events == []
+
+
+def shown(visitor: str, request_id: str = "r1") -> Shown:
+    return Shown(request_id, visitor, 5, "home", "m1", "model", ("a", "b"), (0.9, 0.1))
+
+
+def test_lists_shown_are_kept_with_their_propensities(state: State) -> None:
+    state.log_shown([shown("u"), shown("v", "r2")])
+    assert state.user("u").shown == [shown("u")]
+
+
+def test_join_moves_what_was_and_what_comes(state: State) -> None:
+    state.append_events([view("session:s", "a", 10), view("u", "b", 20), view("session:t", "x", 1)])
+    state.log_shown([shown("session:s")])
+    assert state.join("u", "s") == 1
+    state.append_events([view("session:s", "c", 15)])
+    state.log_shown([shown("session:s", "r2")])
+    assert items(state, "u") == ["a", "c", "b"]
+    assert items(state, "session:s") == ["a", "c", "b"], "a session that was joined sees its user's history"
+    assert items(state, "session:t") == ["x"]
+    assert [one.request_id for one in state.user("u").shown] == ["r1", "r2"]
+    assert state.user("u").sessions == ["s"]
+    assert state.join("u", "s") == 0
+
+
+def test_erase_deletes_everything_and_says_how_much(state: State) -> None:
+    state.append_events([view("session:s", "a", 1), view("u", "b", 2), view("other", "c", 3)])
+    state.join("u", "s")
+    state.log_shown([shown("u")])
+    receipt = state.erase("u")
+    assert (receipt.events, receipt.impressions, receipt.sessions) == (2, 1, 1)
+    left = state.user("u")
+    assert (left.events, left.shown, left.sessions) == ([], [], [])
+    assert history(state, "u") == History() == history(state, "session:s")
+    assert items(state, "other") == ["c"]
+
+
+def test_erased_stays_erased_but_a_visitor_may_come_back(state: State) -> None:
+    state.append_events([view("u", "a", NOW_MS - 1000, event_id="e")])
+    receipt = state.erase("u")
+    assert state.erased_ms("u") == receipt.erased_ms
+    assert state.erased_ms("v") is None
+    assert state.append_events([view("u", "a", NOW_MS - 1000, event_id="e")]) == ["erased"], "a retry arrives late"
+    assert state.append_events([view("u", "b", receipt.erased_ms + 1)]) == ["accepted"]
+    assert items(state, "u") == ["b"]
+
+
+def test_an_erased_id_is_nowhere_on_disk(state: State, tmp_path: Path) -> None:
+    name = "very-recognisable-visitor"
+    state.append_events([view(name, "item-of-theirs", n) for n in range(500)])
+    state.log_shown([shown(name)])
+    state.join(name, "their-session")
+    state.erase(name)
+    for file in tmp_path.rglob("*"):
+        content = file.read_bytes()
+        for word in (name, "item-of-theirs", "their-session"):
+            assert word.encode() not in content, file.name
+
+
+def test_changes_are_announced_in_order_without_ids(state: State) -> None:
+    state.put_setting("active_model", "v1")
+    state.join("u", "s")
+    state.erase("u")
+    changes = state.changes(0)
+    assert [(change.kind, change.key == "active_model") for change in changes] == [
+        ("setting", True),
+        ("joined", False),
+        ("erased", False),
+    ]
+    assert [change.seq for change in changes] == sorted({change.seq for change in changes})
+    assert state.changes(changes[0].seq, limit=1) == [changes[1]]
+    assert state.changes(changes[-1].seq) == []
+    assert all(change.key not in ("u", "s") for change in changes)
+
+
+def test_settings_are_shared(state: State, url: str) -> None:
+    assert state.setting("active_model") is None
+    state.put_setting("active_model", "v1")
+    other = open_state(url)
+    other.put_setting("active_model", "v2")
+    other.close()
+    assert state.setting("active_model") == "v2"
+
+
+def test_replicas_are_those_that_beat_lately(state: State) -> None:
+    state.beat("one", "m")
+    state.beat("two", "m")
+    assert [replica.replica_id for replica in state.replicas(60_000)] == ["one", "two"]
+    state.leave("one")
+    assert [replica.replica_id for replica in state.replicas(60_000)] == ["two"]
+    time.sleep(0.02)
+    assert state.replicas(1) == []
+
+
+def test_counts(state: State) -> None:
+    state.append_events([view("u", "a", 1), view("v", "b", 2)])
+    state.log_shown([shown("u")])
+    state.erase("v")
+    assert state.counts() == {"events": 1, "shown": 1, "erased": 1}
+
+
+@pytest.mark.parametrize("odd", ["'; DROP TABLE events; --", "%", "\u0645\u0646\u062a\u062c", "a\tb", "x" * 256])
+def test_odd_ids_are_just_ids(state: State, odd: str) -> None:
+    state.append_events([view(odd, odd, 1, event_id=odd)])
+    assert items(state, odd) == [odd]
+    assert state.erase(odd).events == 1
+
+
+def test_many_threads_lose_nothing(state: State) -> None:
+    def write(worker: int) -> None:
+        for n in range(20):
+            state.append_events([view("u", f"{worker}-{n}", n), view("u", "same", n, event_id=f"shared-{n}")])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert state.counts()["events"] == 4 * 20 + 20
+
+
+def test_many_may_open_it_at_once(url: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        states = list(pool.map(open_state, [url] * 8))
+    for n, state in enumerate(states):
+        assert state.append_events([view("u", str(n), n)]) == ["accepted"]
+    assert len(states[0].user("u").events) == 8
+    for state in states:
+        state.close()
+
+
+def write_until_killed(url: str, reported: mp.connection.Connection) -> None:
+    state = open_state(url)
+    for n in range(100_000):
+        state.append_events([view("u", f"i{n}", n)])
+        reported.send(n)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_what_was_answered_survives_kill_9(url: str) -> None:
+    open_state(url).close()
+    context = mp.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    writer = context.Process(target=write_until_killed, args=(url, send))
+    writer.start()
+    send.close()
+    answered = [receive.recv() for _ in range(200)]
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    while True:  # what was answered between the last look and the kill
+        try:
+            answered.append(receive.recv())
+        except EOFError:
+            break
+    state = open_state(url)
+    kept = {event.item_id for event in state.user("u").events}
+    state.close()
+    assert {f"i{n}" for n in answered} <= kept
+
+
+def test_append_is_all_or_nothing(state: State) -> None:
+    with pytest.raises(StateError):
+        state.append_events([view("u", "a", 1), replace(view("u", "b", 2), action=None)])  # type: ignore[arg-type]
+    assert items(state, "u") == []
+
+
+# ---------------------------------------------------------------- opening
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://x", "sqlite://", "sqlite:///", "sqlite:///x?what=1", "sqlite:///x?synchronous=off", "state.db"]
+)
+def test_bad_urls_are_refused_with_what_to_write(url: str) -> None:
+    with pytest.raises(UsageError, match="sqlite:///PATH"):
+        open_state(url)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write there"):
+        open_state(f"sqlite:///{tmp_path}/file/state.db")
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state.db").write_text("not a database, but long enough to be looked at as one" * 20)
+    with pytest.raises(UsageError, match="name another file"):
+        open_state(f"sqlite:///{tmp_path}/state.db")
+
+
+def test_the_file_is_private(tmp_path: Path) -> None:
+    open_state(f"sqlite:///{tmp_path}/state.db").close()
+    assert (tmp_path / "state.db").stat().st_mode & 0o077 == 0
+
+
+def test_full_synchronous_is_a_setting(tmp_path: Path) -> None:
+    state = open_state(f"sqlite:///{tmp_path}/state.db?synchronous=full")
+    assert state.append_events([view("u", "a", 1)]) == ["accepted"]
+    state.close()
