@@ -7,12 +7,13 @@ to the rows is told in `stages`, and what a row must be in `events` and `visitor
 from __future__ import annotations
 
 import datetime as dt
+import json
 import logging
 import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 
 from rayrec import __version__
 from rayrec.cluster import connect, cpus
-from rayrec.config import PrepareConfig
+from rayrec.config import PrepareConfig, with_settings
 from rayrec.data.catalogue_files import RawCatalogue, read_catalogue
 from rayrec.data.clock import Clock, detect_clock
 from rayrec.data.events import Rules
@@ -29,7 +30,7 @@ from rayrec.data.image_shards import ImageDecoder, image_refs
 from rayrec.data.items import BuiltItems, build_items
 from rayrec.data.ledger import merged
 from rayrec.data.mapping import Mapping
-from rayrec.data.raw import Raw, find_raw, plan, sample_pieces, text_bytes
+from rayrec.data.raw import Raw, find_raw, plan, raw_settings, sample_pieces, text_bytes
 from rayrec.data.readers import read_piece
 from rayrec.data.sequences import k_core, time_cuts
 from rayrec.data.shuffle import read_table, write_table
@@ -68,6 +69,7 @@ def prepare(raw: str, dataset: str, config: PrepareConfig, mapping: Mapping | No
     started = time.monotonic()
     mapping = mapping or Mapping()
     found = find_raw(raw)
+    config = _completed(config, raw_settings(found))
     clock, clock_found = _clock(found, mapping, config)
     rules = Rules.of(config.clean, clock, mapping)
     staging = Staging(dataset)
@@ -289,6 +291,19 @@ def _clock(raw: Raw, mapping: Mapping, config: PrepareConfig) -> tuple[Clock, Cl
             times.append(block.rows["timestamp"].combine_chunks()[:10_000])
     found = detect_clock(pa.concat_arrays(times) if times else pa.array([], pa.string()))
     return (found if config.clock == "auto" else config.clock), found
+
+
+def _completed(config: PrepareConfig, raw_settings: dict[str, Any]) -> PrepareConfig:
+    """`config` with the raw folder's settings where the user left the default."""
+    mine, default = config.model_dump(), PrepareConfig().model_dump()
+
+    def value(tree: Any, path: str) -> Any:
+        return reduce(lambda node, name: node.get(name) if isinstance(node, dict) else None, path.split("."), tree)
+
+    chosen = [
+        f"{path}={json.dumps(v)}" for path, v in raw_settings.items() if value(mine, path) == value(default, path)
+    ]
+    return with_settings(config, chosen)
 
 
 def _facts(report: dict[str, Any], clock: Clock, config: PrepareConfig) -> dict[str, Any]:

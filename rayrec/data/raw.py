@@ -14,9 +14,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import yaml
 
 from rayrec.data.dataset import filesystem
 from rayrec.data.readers import BLOCK_BYTES, WINDOW_BYTES, Piece, RawFile, open_text
@@ -28,6 +30,9 @@ FORMATS = {
     ".ndjson.gz": "jsonl", ".parquet": "parquet",
 }  # fmt: skip
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+SETTINGS_FILE = "prepare.yaml"
+"""Settings that belong to the raw data (`clean.after: ...`): an importer leaves them, the user's own go first."""
 
 SAMPLE_BYTES = 256 * 1024
 SMALLEST_PIECE_BYTES = 4 * 1024 * 1024
@@ -68,6 +73,21 @@ def find_raw(raw: str) -> Raw:
         names = ", ".join(sorted(entry.base_name for entry in top)[:20])
         raise DataError(f"{raw}: {what}; there is: {names or 'nothing'}")
     return Raw(fs, root, tuple(_not_empty(events, raw)), tuple(items), _images(fs, top))
+
+
+def raw_settings(raw: Raw) -> dict[str, Any]:
+    """The settings that the raw folder brings along, by dotted path. Raises DataError if the file holds none."""
+    path = f"{raw.root}/{SETTINGS_FILE}"
+    if raw.fs.get_file_info(path).type != pafs.FileType.File:
+        return {}
+    with raw.fs.open_input_stream(path) as stream:
+        try:
+            tree = yaml.safe_load(stream.read())
+        except yaml.YAMLError as error:
+            raise DataError(f"{path}: not YAML ({error.__class__.__name__})") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{path}: must hold settings, as in clean.after: 2017-11-25")
+    return tree
 
 
 def plan(fs: pafs.FileSystem, files: Iterable[RawFile], tasks_at_least: int = 8) -> list[list[Piece]]:

@@ -1,0 +1,324 @@
+"""Importers: public data sets in the form in which they are published, to raw folders like any shop's.
+
+In: the downloaded files. Out: a raw folder (events/ in shards, items.csv, settings). Rows are renamed, never judged:
+what is wrong with them is for `prepare` to find and to count. It must not know how they are cleaned.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from rayrec.data.raw import SETTINGS_FILE
+from rayrec.errors import DataError, UsageError
+from rayrec.progress import Task
+
+SHARD_ROWS = 1_000_000
+ITEM_COLUMNS = ("item_id", "category", "brand", "price", "title", "image")
+
+Row = list[str]
+Open = Callable[[], TextIO]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public format. `read` yields nothing: it fills the shop from the files in the folder it is given."""
+
+    description: str
+    read: Callable[[Path, Shop], None]
+
+
+class Shop:
+    """A raw folder being written: events go out at once, items are gathered and written at the end."""
+
+    def __init__(self, folder: Path, task: Task) -> None:
+        self.folder, self.task = folder, task
+        self.items: dict[str, dict[str, str]] = {}
+        self.n_events = 0
+
+    def events(self, columns: Iterable[str], rows: Iterable[Iterable[str]], name: str = "part") -> None:
+        """Write rows of events as shards `events/<name>-00000.csv` and so on."""
+        shard, writer, stream = 0, None, None
+        try:
+            for n, row in enumerate(rows):
+                if n % SHARD_ROWS == 0:
+                    if stream:
+                        stream.close()
+                    stream = (self.folder / "events" / f"{name}-{shard:05d}.csv").open(
+                        "w", newline="", encoding="utf-8"
+                    )
+                    writer = csv.writer(stream)
+                    writer.writerow(columns)
+                    shard += 1
+                assert writer is not None
+                writer.writerow(row)
+                self.n_events += 1
+                if n % 100_000 == 0:
+                    self.task.update(self.n_events)
+        finally:
+            if stream:
+                stream.close()
+
+    def item(self, item_id: str, **fields: str) -> None:
+        """Set what is known of an item; later calls add to earlier ones."""
+        known = {name: value for name, value in fields.items() if value}
+        self.items.setdefault(item_id, {}).update(known)
+
+    def close(self) -> None:
+        """Write items.csv."""
+        with (self.folder / "items.csv").open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, ITEM_COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows({"item_id": item_id, **fields} for item_id, fields in self.items.items())
+
+    def settings(self, **settings: Any) -> None:
+        """Leave settings for `prepare` (its dotted paths, with "__" for the dot); the user's own go first."""
+        tree = {path.replace("__", "."): value for path, value in settings.items()}
+        (self.folder / SETTINGS_FILE).write_text(yaml.safe_dump(tree), encoding="utf-8")
+
+
+def import_source(name: str, src: str | Path, dst: str | Path) -> dict[str, int]:
+    """Turn the files of a public data set in `src` (a folder, file or archive) into the raw folder `dst`.
+
+    Answers how many events and items were written. Raises UsageError for an unknown name, a missing `src` or a `dst`
+    that is not empty; DataError if the files are not those of the format.
+    """
+    if name not in SOURCES:
+        raise UsageError(f"unknown format '{name}': choose one of {', '.join(SOURCES)}")
+    src, dst = Path(src), Path(dst)
+    if not src.exists():
+        raise UsageError(f"{src}: no such file or folder")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise UsageError(f"{dst}: exists and is not an empty folder; name another, or remove it first")
+    try:
+        (dst / "events").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{dst}: cannot write there ({error.strerror})") from None
+    with Task(f"Importing {name}") as task:
+        shop = Shop(dst, task)
+        SOURCES[name].read(src, shop)
+        if not shop.n_events:
+            raise DataError(f"{src}: found no events; {name} is {SOURCES[name].description}")
+        shop.close()
+        task.update(shop.n_events)
+    return {"events": shop.n_events, "items": len(shop.items)}
+
+
+# ---------------------------------------------------------------- finding and opening
+
+
+def _find(src: Path, *names: str) -> Path:
+    """The file `src` itself, or the first of `names` (globs) below the folder `src`. Raises DataError."""
+    if src.is_file():
+        return src
+    for name in names:
+        for path in sorted(src.rglob(name)):
+            return path
+    there = ", ".join(sorted(path.name for path in src.iterdir())[:20])
+    raise DataError(f"{src}: no {' or '.join(names)}; there is: {there or 'nothing'}")
+
+
+@contextmanager
+def _text(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
+    """A text file, gzipped or not; bytes that are not text become U+FFFD."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        yield io.TextIOWrapper(stream, encoding=encoding, errors="replace", newline="")
+
+
+def _csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file by column. Raises DataError if it lacks one of `columns`."""
+    with _text(path, "utf-8-sig") as stream:
+        reader = csv.DictReader(stream, restval="")
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise DataError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(reader.fieldnames or ())}")
+        yield from reader
+
+
+def _csv_shards(src: Path) -> Iterator[tuple[str, Iterator[dict[str, str]]]]:
+    """The CSV files of a folder, a tar archive, or the one file: name without ending, and rows by column."""
+    if src.is_file() and tarfile.is_tarfile(src):
+        with tarfile.open(src) as archive:
+            for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                content = archive.extractfile(member) if member.name.endswith(".csv") else None
+                if content is not None:
+                    text = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
+                    yield Path(member.name).stem, csv.DictReader(text, restval="")
+        return
+    for path in [src] if src.is_file() else sorted([*src.rglob("*.csv"), *src.rglob("*.csv.gz")]):
+        yield path.name.split(".")[0], _csv(path)
+
+
+# ---------------------------------------------------------------- the formats
+
+
+def _online_retail(src: Path, shop: Shop) -> None:
+    """Invoices that start with C cancel; those that start with A adjust the books and stay as they are."""
+    columns = ("InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID")
+    titles: dict[str, Counter[str]] = defaultdict(Counter)
+    prices: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def events(rows: Iterable[dict[str, str]], name: str) -> Iterator[Row]:
+        for row in rows:
+            try:
+                invoice, item, title, quantity, date, price, customer = (row[column] for column in columns)
+            except KeyError as missing:
+                raise DataError(f"{src}: {name}: no column {missing}; it has: {', '.join(map(str, row))}") from None
+            if title.strip():
+                titles[item][title.strip()] += 1
+            if not price.startswith(("-", "0.0")) and price not in ("", "0"):
+                prices[item][price] += 1
+            action = {"C": "cancel", "A": "adjust"}.get(invoice[:1], "purchase")
+            yield [customer, invoice, item, _iso(date), action, price, quantity]
+
+    header = ("user_id", "session_id", "item_id", "timestamp", "action", "price", "quantity")
+    for name, rows in _csv_shards(src):
+        shop.events(header, events(rows, name), name)
+    for item in {**titles, **prices}:
+        title, price = (next((value for value, _ in c[item].most_common(1)), "") for c in (titles, prices))
+        shop.item(item, title=title, price=price)
+
+
+def _iso(date: str) -> str:
+    """12/1/2010 8:26 (as in the spreadsheet, month first) as 2010-12-01 08:26:00; anything else as it is."""
+    day, _, hour = date.partition(" ")
+    parts = day.split("/")
+    if len(parts) != 3 or ":" not in hour or not all(part.isdigit() for part in parts):
+        return date
+    month, day_of_month, year = (int(part) for part in parts)
+    year += 2000 if year < 100 else 0
+    return f"{year:04d}-{month:02d}-{day_of_month:02d} {hour.zfill(5)}:00"
+
+
+def _taobao(src: Path, shop: Shop) -> None:
+    """Nine days of Beijing time, 2017-11-25 to 2017-12-03: times outside are known to be broken."""
+
+    def events() -> Iterator[Row]:
+        with _text(_find(src, "UserBehavior.csv", "UserBehavior*.csv", "UserBehavior*.csv.gz")) as stream:
+            for row in csv.reader(stream):
+                if len(row) == 5 and row[1] and row[2]:
+                    shop.items.setdefault(row[1], {"category": row[2]})
+                yield [row[0], row[1], row[4], row[3]] if len(row) == 5 else row[:3]
+
+    shop.events(("user_id", "item_id", "timestamp", "action"), events())
+    shop.settings(clean__after="2017-11-25T00:00:00+08:00", clean__before="2017-12-04T00:00:00+08:00")
+
+
+def _movielens_1m(src: Path, shop: Shop) -> None:
+    def events() -> Iterator[Row]:
+        with _text(_find(src, "ratings.dat")) as stream:
+            for line in stream:
+                user, item, rating, timestamp = (*line.rstrip("\r\n").split("::"), "", "", "", "")[:4]
+                yield [user, item, timestamp, "rate", rating]
+
+    shop.events(("user_id", "item_id", "timestamp", "action", "value"), events())
+    movies = _find(src.parent if src.is_file() else src, "movies.dat")
+    with _text(movies, "latin-1") as stream:
+        for line in stream:
+            item, title, genres = (*line.rstrip("\r\n").split("::"), "", "")[:3]
+            shop.item(item, title=title, category=genres)
+
+
+def _hm(src: Path, shop: Shop) -> None:
+    transactions = _csv(_find(src, "transactions_train.csv"), "t_dat", "customer_id", "article_id", "price")
+    shop.events(
+        ("user_id", "item_id", "timestamp", "action", "price"),
+        ([r["customer_id"], r["article_id"], r["t_dat"], "purchase", r["price"]] for r in transactions),
+    )
+    folder = src.parent if src.is_file() else src
+    for row in _csv(_find(folder, "articles.csv"), "article_id", "prod_name", "product_type_name", "index_group_name"):
+        item = row["article_id"]
+        image = folder / "images" / item[:3] / f"{item}.jpg"
+        shop.item(
+            item,
+            title=row["prod_name"],
+            category=f"{row.get('product_group_name', '')}/{row['product_type_name']}".strip("/"),
+            brand=row["index_group_name"],
+            image=str(image.absolute()) if image.exists() else "",
+        )
+
+
+def _retailrocket(src: Path, shop: Shop) -> None:
+    """Item properties are hashed, all but `categoryid`; an item's latest category counts."""
+    rows = _csv(_find(src, "events.csv"), "timestamp", "visitorid", "event", "itemid")
+    shop.events(
+        ("user_id", "item_id", "timestamp", "action"),
+        ([r["visitorid"], r["itemid"], r["timestamp"], r["event"]] for r in rows),
+    )
+    latest: dict[str, int] = {}
+    for path in sorted((src.parent if src.is_file() else src).rglob("item_properties*.csv")):
+        for row in _csv(path, "timestamp", "itemid", "property", "value"):
+            if row["property"] == "categoryid" and int(row["timestamp"] or 0) >= latest.get(row["itemid"], 0):
+                latest[row["itemid"]] = int(row["timestamp"] or 0)
+                shop.item(row["itemid"], category=row["value"])
+
+
+def _amazon_reviews(src: Path, shop: Shop) -> None:
+    """Reviews as JSON lines, of 2014 and 2018 (reviewerID, asin, ...) or 2023 (user_id, parent_asin, ...)."""
+    files = [src] if src.is_file() else sorted(path for path in src.rglob("*.json*") if path.is_file())
+    metas = [path for path in files if path.name.lower().startswith("meta")]
+
+    def events(path: Path) -> Iterator[Row]:
+        for row in _json_lines(path):
+            user = row.get("reviewerID") or row.get("user_id") or ""
+            item = row.get("parent_asin") or row.get("asin") or ""
+            rating = row.get("overall", row.get("rating", ""))
+            yield [user, item, str(row.get("unixReviewTime", row.get("timestamp", ""))), "rate", str(rating)]
+
+    for path in files:
+        if path not in metas:
+            name = path.name.split(".")[0]
+            shop.events(("user_id", "item_id", "timestamp", "action", "value"), events(path), name)
+    for path in metas:
+        for row in _json_lines(path):
+            categories = row.get("categories") or row.get("category") or []
+            flat = [word for part in categories for word in (part if isinstance(part, list) else [part])]
+            shop.item(
+                str(row.get("parent_asin") or row.get("asin") or ""),
+                title=str(row.get("title") or ""),
+                brand=str(row.get("brand") or row.get("store") or ""),
+                price=str(row.get("price") or "").strip("$ "),
+                category="|".join(dict.fromkeys(map(str, flat))) if isinstance(categories, list) else str(categories),
+            )
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects, one a line. Raises DataError that names the line."""
+    with _text(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}: line {number} is not JSON; these are not the review files") from None
+            if isinstance(value, dict):
+                yield value
+
+
+SOURCES: dict[str, Source] = {
+    "online_retail": Source(
+        "UCI Online Retail: CSV with InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID; "
+        "a file, a folder or a tar of files",
+        _online_retail,
+    ),
+    "taobao_userbehavior": Source("Taobao UserBehavior.csv: user,item,category,behavior,time, no header", _taobao),
+    "movielens_1m": Source("MovieLens-1M: ratings.dat and movies.dat", _movielens_1m),
+    "hm": Source("H&M fashion (Kaggle): transactions_train.csv, articles.csv and images/", _hm),
+    "retailrocket": Source("Retailrocket (Kaggle): events.csv and item_properties_part*.csv", _retailrocket),
+    "amazon_reviews": Source(
+        "Amazon reviews of 2014, 2018 or 2023: JSON lines, with or without meta files", _amazon_reviews
+    ),
+}
+"""The known formats by name."""
