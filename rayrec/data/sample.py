@@ -31,7 +31,6 @@ __all__ = ["Oracle", "Query", "SampleConfig", "SampleReport", "write_shop"]
 
 ONE_FILE_ROWS: Final = 500_000
 SHARD_ROWS: Final = 250_000
-COLUMNS: Final = ("user_id", "session_id", "item_id", "timestamp", "action", "price", "quantity")
 
 
 @dataclass(frozen=True)

@@ -53,19 +53,23 @@ def soil(clean: pa.Table, rng: np.random.Generator) -> tuple[pa.Table, dict[str,
         rows += [change(row) for row in clean.take(chosen).to_pylist()]
         place.append(chosen)
         dirt[kind] = len(chosen)
-    at = np.full(BOT_EVENTS, len(clean) // 2)
-    hour = clean["timestamp"][int(at[0])].as_py()[:13]
-    items = clean["item_id"].take(rng.integers(len(clean), size=BOT_EVENTS)).to_pylist()
-    rows += [
-        {**dict.fromkeys(clean.column_names, ""), "user_id": BOT_ID, "session_id": "bot", "item_id": item,
-         "action": "view", "timestamp": f"{hour}:{second // 60:02d}:{second % 60:02d}Z"}
-        for item, second in zip(items, np.arange(BOT_EVENTS) * 3, strict=True)
-    ]  # fmt: skip
-    place.append(at)
+    rows += _bot_rows(clean, len(clean) // 2, rng)
+    place.append(np.full(BOT_EVENTS, len(clean) // 2))
     dirt["bot"] = BOT_EVENTS
     both = pa.concat_tables([clean, pa.Table.from_pylist(rows, schema=clean.schema)])
     order = np.argsort(np.concatenate([np.arange(len(clean)), *place]), kind="stable")
     return both.take(order), dirt
+
+
+def _bot_rows(clean: pa.Table, place: int, rng: np.random.Generator) -> list[Row]:
+    """Views by one visitor, one every three seconds, in the clock hour of the clean row at `place`."""
+    hour = clean["timestamp"][place].as_py()[:13]
+    items = clean["item_id"].take(rng.integers(len(clean), size=BOT_EVENTS)).to_pylist()
+    blank = {**dict.fromkeys(clean.column_names, ""), "user_id": BOT_ID, "session_id": "bot", "action": "view"}
+    return [
+        {**blank, "item_id": item, "timestamp": f"{hour}:{n // 20:02d}:{n % 20 * 3:02d}Z"}
+        for n, item in enumerate(items)
+    ]
 
 
 def soil_images(paths: list[Path], rng: np.random.Generator) -> dict[str, int]:
