@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from evaluation_shop import catalogue
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
-from rayrec.catalogue import Catalogue
 from rayrec.evaluation.metrics import (
     list_figures,
     ndcg_spread,
@@ -19,31 +18,10 @@ from rayrec.evaluation.metrics import (
     ranks_unseen,
     top,
 )
-from rayrec.schema import ITEM_SCHEMA
 
 NAN, INF = float("nan"), float("inf")
 few_levels = st.sampled_from([-INF, -1.0, 0.0, 0.5, 2.0, NAN])
 score_rows = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 9)), elements=few_levels)
-
-
-def catalogue(*items: tuple[list[int], int, int]) -> Catalogue:
-    """Items of (category codes, brand code, training events)."""
-    categories, brands, n_train = zip(*items, strict=True)
-    columns = {
-        "item_index": np.arange(1, len(items) + 1),
-        "item_id": pa.array([f"i{n}" for n in range(1, len(items) + 1)]),
-        "in_catalogue": np.ones(len(items), bool),
-        "has_image": np.zeros(len(items), bool),
-        "category_codes": pa.array(categories, pa.list_(pa.int32())),
-        "brand_code": np.array(brands),
-        "title_codes": pa.array([[]] * len(items), pa.list_(pa.int32())),
-        "price_scaled": np.zeros(len(items)),
-        "price_bucket": np.zeros(len(items), np.int8),
-        "n_train": np.array(n_train),
-    }
-    return Catalogue.from_table(
-        pa.table([columns.get(f.name, pa.nulls(len(items), f.type)) for f in ITEM_SCHEMA], names=ITEM_SCHEMA.names)
-    )
 
 
 # ---------------------------------------------------------------- ranks and lists
