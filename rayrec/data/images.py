@@ -49,9 +49,11 @@ def decode(data: bytes, config: ImageConfig) -> npt.NDArray[np.uint8]:
     if not data:
         raise ImageRejected("empty")
     try:
-        image = _open(data, config)
-        image.load()
-        return _fitted(_upright(_rgb_or_rgba(image)), config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes within our own limit, and of broken EXIF blocks
+            image = _open(data, config)
+            image.load()
+            return _fitted(_upright(_rgb_or_rgba(image)), config)
     except ImageRejected:
         raise
     except UnidentifiedImageError:
@@ -64,10 +66,7 @@ def decode(data: bytes, config: ImageConfig) -> npt.NDArray[np.uint8]:
 
 def _open(data: bytes, config: ImageConfig) -> Image.Image:
     """The picture with only its header read. Raises ImageRejected if it is too large."""
-    with warnings.catch_warnings():
-        # Pillow warns above its own limit; ours is the setting.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > config.max_pixels:
         raise ImageRejected("too_many_pixels")
     # A JPEG decodes several times faster to a fraction of its size; twice ours leaves the resize something to average.
