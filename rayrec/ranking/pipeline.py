@@ -249,10 +249,11 @@ class Ranker:
             forbidden = _forbidden(request, histories[b], scene)
             keep_C, reasons = self._rules.apply(found[b].item_C, request.filters, forbidden)
             left = Candidates(found[b].item_C[keep_C], found[b].source_C[keep_C], found[b].sources)
-            if len(left.item_C) < request.k and reasons:
+            if len(left.item_C) < request.k:
                 allowed_N = self._rules.mask(request.filters, forbidden)
                 sources = list(dict.fromkeys([*found[b].sources, "popular"]))
-                (left,) = self.retriever.retrieve(asked.take([b]), sources, self.config.per_source, [allowed_N])
+                n = max(self.config.per_source, request.k)
+                (left,) = self.retriever.retrieve(asked.take([b]), sources, n, [allowed_N])
             kept.append(left)
             removed.append(reasons)
         return kept, removed

@@ -60,7 +60,7 @@ class Rules:
         def forbid(reason: str, bad_C: Bools) -> None:
             n = int(np.count_nonzero(bad_C & keep_C))
             if n:
-                removed[reason] = n
+                removed[reason] = removed.get(reason, 0) + n
                 keep_C[bad_C] = False
 
         for reason in ("context", "excluded", "hidden", "bought", "seen"):
