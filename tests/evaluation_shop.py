@@ -109,12 +109,18 @@ def write_dataset(folder: Path, sequences: pa.Table, items: pa.Table, *, shards:
 
 
 def leave_one_out(events: pa.Table) -> tuple[pa.Table, int]:
-    """Sequences of a raw log in the order of its timestamps, every action a view, and the number of items."""
+    """Sequences of a raw log by its timestamps, all views, three or more a user; and the number of items."""
     events = events.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
     item = np.unique(events["item_id"].to_numpy(), return_inverse=True)[1] + 1
     length = pc.value_counts(events["user_id"]).field("counts").to_numpy()  # in order of appearance: sorted
-    histories = np.split(item, np.cumsum(length)[:-1])
-    return sequence_table(*[history.tolist() for history in histories]), int(item.max())
+    place = pa.array(np.concatenate([np.arange(n) for n in length]))
+    offsets = np.append(0, np.cumsum(length)).astype(np.int32)
+    view, nothing = np.full(len(item), VIEW), np.full(len(length), -1)
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (item, view, place)]
+    users = pa.array([f"u{n}" for n in range(len(length))])
+    places = [length - 2, length - 2, length - 1, nothing, nothing]
+    table = pa.table([users, *lists, *places], names=SEQUENCE_SCHEMA.names).cast(SEQUENCE_SCHEMA)
+    return table, int(item.max())
 
 
 class ScoreTable:

@@ -34,9 +34,7 @@ def test_transitions_equal_the_plain_loop(lists: list[list[int]], weights: list[
             for distance, weight in enumerate(weights, start=1):
                 if later - distance >= 0 and after and items[later - distance]:
                     expected[items[later - distance], after] += weight
-    np.testing.assert_array_equal(
-        count_transitions(*end_to_end(lists), 6, weights=weights).toarray(), expected
-    )
+    np.testing.assert_array_equal(count_transitions(*end_to_end(lists), 6, weights=weights).toarray(), expected)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

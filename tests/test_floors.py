@@ -100,7 +100,7 @@ def test_floors_on_real_logs(
     rankers = {name: make() for name, make in floor_makers(sequences, catalogue).items()}
     rankers["model"] = rankers.pop("markov")
     settings = ReplaySettings("test", n_items, "order", max_len=5, protocols=("metrics",))
-    result = summarise(replay(rankers, sequences, settings), catalogue, settings)
+    result = summarise(replay(rankers, sequences, settings), catalogue, settings, tuple(rankers))
     assert result["not_new"] == 0
     assert result["metrics"]["hr@10"] == pytest.approx(markov[0], abs=5e-4)
     assert result["metrics"]["ndcg@10"] == pytest.approx(markov[1], abs=5e-4)

@@ -86,7 +86,7 @@ def evaluate(
         answers = replay_in_shards(dataset, makers, settings)
     else:
         answers = replay({name: make() for name, make in makers.items()}, sequences, settings)
-    return summarise(answers, catalogue, settings)
+    return summarise(answers, catalogue, settings, tuple(makers))
 
 
 def floor_makers(sequences: pa.Table, catalogue: Catalogue) -> dict[str, Callable[[], Ranker]]:
@@ -142,9 +142,10 @@ class Answers:
         )
 
 
-def summarise(answers: pa.Table, catalogue: Catalogue, settings: ReplaySettings) -> dict[str, Any]:
-    """The JSON body of the answers of the model and the floors."""
-    rankers = sorted(set(answers["ranker"].to_pylist()) | {MODEL}, key=(MODEL, "popular", "markov").index)
+def summarise(
+    answers: pa.Table, catalogue: Catalogue, settings: ReplaySettings, rankers: Sequence[str]
+) -> dict[str, Any]:
+    """The JSON body of the answers of these rankers: "model", and floors."""
     by = {(r, p): Answers.of(answers, r, p) for r in rankers for p in settings.protocols}
     bodies = {r: {p: _body(p, by[r, p], catalogue) for p in settings.protocols} for r in rankers}
     ranked = {r: by[r, "metrics"] for r in rankers if "metrics" in settings.protocols}

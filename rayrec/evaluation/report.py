@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rayrec.errors import UsageError
 from rayrec.evaluation.metrics import Figures
@@ -109,7 +110,7 @@ def rankers(result: dict[str, Any], protocol: str) -> list[tuple[str, str, Figur
     if protocol not in result:
         return []
     floors = {name: body if protocol == "metrics" else body[protocol] for name, body in result["floors"].items()}
-    bodies = {"model": result[protocol], **dict(sorted(floors.items()))}
+    bodies = {"model": result[protocol], **floors}
     return [(name, LABELS[name], body) for name, body in bodies.items()]
 
 
@@ -205,10 +206,12 @@ def svg(title: str, draw: Callable[[Axes], None]) -> Markup:
     return Markup(text[text.index("<svg") :])  # drawn here, from numbers and fixed labels
 
 
-def _lines(axes: Axes, x: Iterable[Any], series: dict[str, list[float]]) -> None:
+def _lines(axes: Axes, x: Sequence[int], series: dict[str, list[float]]) -> None:
     for name, values in series.items():
         style = "--" if name == "chosen" else "-"
-        axes.plot(list(x), values, style, color=COLOURS[name], label=LABELS[name], marker="o", markersize=3)
+        above = 3 if name == "model" else 2
+        axes.plot(x, values, style, color=COLOURS[name], label=LABELS[name], marker="o", markersize=3, zorder=above)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
 
 
