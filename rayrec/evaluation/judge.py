@@ -143,7 +143,7 @@ class Answers:
 
 
 def summarise(
-    answers: pa.Table, catalogue: Catalogue, settings: ReplaySettings, rankers: Sequence[str]
+    answers: pa.Table, catalogue: Catalogue, settings: ReplaySettings, rankers: Sequence[str] = (MODEL,)
 ) -> dict[str, Any]:
     """The JSON body of the answers of these rankers: "model", and floors."""
     by = {(r, p): Answers.of(answers, r, p) for r in rankers for p in settings.protocols}
