@@ -147,8 +147,22 @@ class Replica:
             open_state(self.state_url),
             self.config,
             model=self.bundle.version,
+            image_of=image_of(self.bundle.path),
             replica_id=serve.get_replica_context().replica_tag,
         )
+
+
+def image_of(bundle_path: Path) -> Callable[[int], tuple[bytes, str] | None] | None:
+    """Pictures in a bundle, `images/<item index>.jpg`; None if it holds none. No name from outside makes a path."""
+    folder = bundle_path / "images"
+    if not folder.is_dir():
+        return None
+
+    def find(index: int) -> tuple[bytes, str] | None:
+        file = folder / f"{index}.jpg"
+        return (file.read_bytes(), "image/jpeg") if file.is_file() else None
+
+    return find
 
 
 def proxy_settings(folder: Path) -> dict[str, str]:
@@ -195,6 +209,8 @@ def _stopping_serve() -> Iterator[None]:
 
 def _checked_address(host: str, port: int) -> str:
     """The URL of an address that is loopback and free."""
+    if os.environ.get("RAYREC_API_KEYS"):
+        raise UsageError("RAYREC_API_KEYS is set, but this version checks no keys yet; unset it to serve on loopback")
     if not is_loopback(host):
         raise UsageError(
             f"--host {host}: without keys the server is for this machine only; use 127.0.0.1, and a front proxy that "

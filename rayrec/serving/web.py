@@ -10,7 +10,6 @@ import json
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Path, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from rayrec import __version__
 from rayrec.catalogue import Catalogue
@@ -29,6 +28,7 @@ from rayrec.ranking import pipeline
 from rayrec.serving import problems, wire
 from rayrec.serving.batching import Batcher, OverCapacityError
 from rayrec.serving.guard import Guard
+from rayrec.serving.metrics import MEDIA_TYPE, Metrics
 from rayrec.serving.problems import ProblemError
 from rayrec.state.protocol import Event, Outcome, Shown, State
 
@@ -60,7 +60,7 @@ class Service:
         self.ranker = pipeline.Ranker(scorer, config, model=model)
         self.catalogue = scorer.catalogue
         self.cards = Cards(scorer.catalogue, with_images=image_of is not None)
-        self.counters: Counter[str] = Counter()
+        self.metrics = Metrics()
         self.started = time.monotonic()
         waiting = config.max_queued_requests
         self.lists: Batcher[pipeline.Request, pipeline.Answer] = Batcher(
@@ -102,8 +102,7 @@ class Service:
             ),
             rejected=sorted(rejected, key=lambda one: one.index),
         )
-        self.counters["events_accepted"] += answer.accepted
-        self.counters["events_rejected"] += len(rejected)
+        self.metrics.stored(answer)
         return answer
 
     async def recommend(self, sent: wire.RecommendRequest) -> dict[str, Any]:
@@ -114,8 +113,7 @@ class Service:
             raise ProblemError(422, f"/events: {error}") from None
         self.ranker.check(request)
         answer = await self.lists.submit(request)
-        self.counters["answers"] += 1
-        self.counters[f"answers_by_{answer.served_by}"] += 1
+        self.metrics.answered(answer)
         return {
             "request_id": answer.request_id,
             "model": answer.model,
@@ -137,7 +135,7 @@ class Service:
             catalogue=len(self.catalogue),
             scenes=sorted(self.config.scenes),
             uptime_s=round(time.monotonic() - self.started, 3),
-            counters={**counts, **self.counters},
+            counters=counts,
         )
 
     async def beat(self) -> None:
@@ -245,7 +243,7 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
     async def image(item_id: ItemPath) -> Response:
         """The picture of an item."""
         index = service.catalogue.index.get(item_id)
-        found = service.image_of(index) if index and service.image_of else None
+        found = await asyncio.to_thread(service.image_of, index) if index and service.image_of else None
         if found is None:
             raise ProblemError(404, "there is no picture of this item")
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "max-age=3600"})
@@ -309,6 +307,11 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
         """Whether lists can be served: the model is loaded and the state answers."""
         await asyncio.to_thread(service.state.setting, "active_model")
         return {"status": "ready", "model": service.model}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counters and timings of the replica that answers, for Prometheus."""
+        return Response(service.metrics.text(), media_type=MEDIA_TYPE)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def storefront() -> Response:

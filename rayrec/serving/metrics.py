@@ -1,0 +1,49 @@
+"""What one replica counts and times, in the text format of Prometheus.
+
+In: what happened. Out: the text of `/metrics`. It must not know visitors: no label holds an id.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+
+from rayrec.ranking.pipeline import Answer
+from rayrec.serving.wire import EventsAnswer
+
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+
+
+class Metrics:
+    """Counters of one replica; a scraper adds replicas up."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._answers = Counter("rayrec_answers", "Lists answered", ["served_by"], registry=self.registry)
+        self._removed = Counter("rayrec_removed", "Candidates removed", ["reason"], registry=self.registry)
+        self._events = Counter("rayrec_events", "Events received", ["outcome"], registry=self.registry)
+        self._stage_s = Histogram(
+            "rayrec_stage_seconds", "Time of a stage", ["stage"], buckets=BUCKETS_S, registry=self.registry
+        )
+
+    def answered(self, answer: Answer) -> None:
+        """Count one list."""
+        self._answers.labels(answer.served_by).inc()
+        for reason, n in answer.removed.items():
+            self._removed.labels(reason).inc(n)
+        for stage, ms in answer.timing_ms.items():
+            self._stage_s.labels(stage).observe(ms / 1000)
+
+    def stored(self, answer: EventsAnswer) -> None:
+        """Count one body of events."""
+        for outcome, n in (
+            ("accepted", answer.accepted),
+            ("duplicate", answer.duplicate),
+            ("rejected", len(answer.rejected)),
+            ("unknown_item", answer.unknown_item),
+        ):
+            self._events.labels(outcome).inc(n)
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry)
