@@ -140,6 +140,7 @@ class Replica:
         """Called by Ray Serve once this replica is constructed."""
         from ray import serve
 
+        from rayrec.serving.pictures import Pictures
         from rayrec.serving.web import create_app
 
         return create_app(
@@ -147,22 +148,9 @@ class Replica:
             open_state(self.state_url),
             self.config,
             model=self.bundle.version,
-            image_of=image_of(self.bundle.path),
+            image_of=Pictures(self.bundle),
             replica_id=serve.get_replica_context().replica_tag,
         )
-
-
-def image_of(bundle_path: Path) -> Callable[[int], tuple[bytes, str] | None] | None:
-    """Pictures in a bundle, `images/<item index>.jpg`; None if it holds none. No name from outside makes a path."""
-    folder = bundle_path / "images"
-    if not folder.is_dir():
-        return None
-
-    def find(index: int) -> tuple[bytes, str] | None:
-        file = folder / f"{index}.jpg"
-        return (file.read_bytes(), "image/jpeg") if file.is_file() else None
-
-    return find
 
 
 def proxy_settings(folder: Path) -> dict[str, str]:
