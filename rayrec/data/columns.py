@@ -186,7 +186,7 @@ def center_and_width(values: Floats, scale: str) -> tuple[float, float]:
     else:
         center, width = float(np.nanmean(values)), float(np.nanstd(values))
     # The deviation of equal values is rounding error, not always 0.
-    if width <= 1e-12 * max(1.0, abs(center)):
+    if width <= 1e-12 * abs(center):
         width = 1.0
     return center, width
 

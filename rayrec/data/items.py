@@ -93,17 +93,16 @@ def parse_prices(column: pa.Array) -> tuple[pa.Array, dict[str, int]]:
     is decimal unless exactly three digits follow each.
     """
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
-        given = column.cast(pa.float64())
+        number = column.cast(pa.float64())
+        given = number = pc.if_else(pc.is_nan(number), None, number)
     else:
-        text = _blank_as_null(column.cast(pa.string()))
-        plain = pc.match_substring_regex(text, _NUMBER)
-        mended = pc.if_else(plain, text, _plain_number(text))
-        parsable = pc.match_substring_regex(mended, _NUMBER)
-        given = pc.if_else(parsable, mended, None).cast(pa.float64())
-        column = text
-    finite = pc.if_else(pc.is_finite(given), given, None)
+        given = _blank_as_null(column.cast(pa.string()))
+        plain = pc.match_substring_regex(given, _NUMBER)
+        mended = pc.if_else(plain, given, _plain_number(given))
+        number = pc.if_else(pc.match_substring_regex(mended, _NUMBER), mended, None).cast(pa.float64())
+    finite = pc.if_else(pc.is_finite(number), number, None)
     prices = pc.if_else(pc.greater(finite, 0.0), finite, None)
-    known, parsed = len(column) - column.null_count, len(finite) - finite.null_count
+    known, parsed = len(given) - given.null_count, len(finite) - finite.null_count
     return prices, {
         "price.unparsable": known - parsed,
         "price.not_positive": parsed - (len(prices) - prices.null_count),
@@ -112,7 +111,7 @@ def parse_prices(column: pa.Array) -> tuple[pa.Array, dict[str, int]]:
 
 def _plain_number(text: pa.Array) -> pa.Array:
     """Prices as people write them ("€ 1.234,50", "USD 12") in the form of `_NUMBER`, as far as they can be."""
-    bare = pc.replace_substring_regex(text, r"[\p{L}\p{Sc}\s'’]|\.$", "")
+    bare = pc.replace_substring_regex(text, r"[\p{L}\p{Sc}\p{Z}\s'’]|\.$", "")
     commas_decimal = pc.match_substring_regex(bare, r"^[+-]?(\d{1,3}(\.\d{3})+|\d+)?,\d+$")
     commas_thousands = pc.match_substring_regex(bare, r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
     european = pc.replace_substring(pc.replace_substring(bare, ".", ""), ",", ".")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from rayrec.catalogue import Ragged
 UNKNOWN = ""
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_CHUNK = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+")
+_MARKS = "\u0300-\u036f\u0900-\u0963\u0966-\u0e4e"  # accents and vowel signs, which \w leaves out, and their scripts
+_CHUNK = re.compile(rf"[{_CJK}]+|(?:[^\W_{_CJK}]|[{_MARKS}])+")
 _IS_CJK = re.compile(rf"[{_CJK}]")
 
 
@@ -80,7 +82,7 @@ def title_words(title: str) -> list[str]:
     ['mum', 's', 't', 'shirt', '红', '色', '连', '红色', '色连']
     """
     words: list[str] = []
-    for chunk in _CHUNK.findall(title.lower()):
+    for chunk in _CHUNK.findall(unicodedata.normalize("NFKC", title).lower()):
         if _IS_CJK.match(chunk):
             words += chunk
             words += map("".join, itertools.pairwise(chunk))
