@@ -25,6 +25,7 @@ UNKNOWN = ""
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _MARKS = "\u0300-\u036f\u0900-\u0963\u0966-\u0e4e"  # accents and vowel signs, which \w leaves out, and their scripts
 _CHUNK = re.compile(rf"[{_CJK}]+|(?:[^\W_{_CJK}]|[{_MARKS}])+")
+_ASCII_WORD = re.compile("[a-z0-9]+")
 _IS_CJK = re.compile(rf"[{_CJK}]")
 
 
@@ -81,6 +82,8 @@ def title_words(title: str) -> list[str]:
     >>> title_words("Mum's T-shirt, 红色连")
     ['mum', 's', 't', 'shirt', '红', '色', '连', '红色', '色连']
     """
+    if title.isascii():  # most are, and this is three times as fast
+        return _ASCII_WORD.findall(title.lower())
     words: list[str] = []
     for chunk in _CHUNK.findall(unicodedata.normalize("NFKC", title).lower()):
         if _IS_CJK.match(chunk):
