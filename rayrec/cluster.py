@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 
 import ray
 
@@ -17,8 +18,12 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job, and for nothing else."""
 
 
-def connect(num_cpus: int | None = None) -> None:
-    """Initialise Ray unless it is already. Raises ResourceError if no cluster can be reached or started."""
+def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None) -> None:
+    """Initialise Ray unless it is already. Raises ResourceError if no cluster can be reached or started.
+
+    env: environment variables for the processes that this one starts on a cluster that runs already; those of a
+    local Ray inherit `os.environ`.
+    """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -28,6 +33,7 @@ def connect(num_cpus: int | None = None) -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
             num_cpus=num_cpus if address == "local" else None,
+            runtime_env={"env_vars": dict(env)} if env and address != "local" else None,
         )
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         what = "start a local Ray" if address == "local" else f"reach the Ray cluster at {address} (RAY_ADDRESS)"

@@ -30,7 +30,7 @@ from rayrec.config import ServeConfig
 from rayrec.errors import ResourceError, UsageError
 from rayrec.progress import step
 from rayrec.serving.guard import is_loopback
-from rayrec.state import open_state
+from rayrec.state import absolute_url, open_state
 
 APP_NAME: Final = "rayrec"
 LOADER: Final = "rayrec.serving.scorer:load_scorer"
@@ -54,14 +54,15 @@ def served(
     port in use or a cluster that is too small.
     """
     url = _checked_address(host, port)
-    Bundle.open(bundle_path)
+    bundle_path = str(Bundle.open(bundle_path).path.absolute())  # one version for all replicas, wherever they run
+    state_url = absolute_url(state_url)
     open_state(state_url).close()
-    folder = Path(tempfile.mkdtemp(prefix="rayrec-"))
+    folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir="/tmp"))  # HAProxy's socket paths end at 97 characters
     settings = proxy_settings(folder)
     os.environ.update(settings)  # before Ray starts: its processes read them when they are imported
     started_here = not ray.is_initialized()
     try:
-        _connect()
+        _connect(settings)
         _require_room(config)
         with _stopping_serve():
             _start(build(bundle_path, state_url=state_url, config=config, loader=loader), host, port)
@@ -169,10 +170,10 @@ def proxy_settings(folder: Path) -> dict[str, str]:
     }
 
 
-def _connect() -> None:
+def _connect(settings: dict[str, str]) -> None:
     """Connect to Ray, whose own handler of SIGTERM would end this process with everything left behind."""
     ours = signal.getsignal(signal.SIGTERM)
-    cluster.connect()
+    cluster.connect(env=settings)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)
 
@@ -216,7 +217,13 @@ def _checked_address(host: str, port: int) -> str:
 
 
 def _require_room(config: ServeConfig) -> None:
-    """Raise ResourceError if the smallest number of replicas does not fit the cluster."""
+    """Raise ResourceError if the smallest number of replicas does not fit the cluster, or Serve runs there already."""
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        pass
+    else:
+        raise ResourceError("Ray Serve already runs on this cluster; stop it first: serve shutdown")
     need, have = config.autoscale.min_replicas * config.replica_cpus, ray.cluster_resources().get("CPU", 0)
     if need > have:
         raise ResourceError(

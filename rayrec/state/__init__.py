@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rayrec.errors import UsageError
 from rayrec.state.protocol import State
 from rayrec.state.sqlite import SqliteState
 
-__all__ = ["State", "open_state"]
+__all__ = ["State", "absolute_url", "open_state"]
 
 
 def open_state(url: str) -> State:
@@ -21,3 +23,12 @@ def open_state(url: str) -> State:
     if scheme == "sqlite":
         return SqliteState.open(url)
     raise UsageError(f"state '{url}': unknown kind '{scheme}'; use sqlite:///PATH")
+
+
+def absolute_url(url: str) -> str:
+    """The same state for a process that runs in another folder."""
+    place, question, options = url.partition("?")
+    path = place.removeprefix("sqlite:///")
+    if path == place or path.startswith("/"):
+        return url
+    return f"sqlite:///{Path(path).absolute()}{question}{options}"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rayrec.errors import StateError, UsageError
-from rayrec.state import State, open_state
+from rayrec.state import State, absolute_url, open_state
 from rayrec.state.protocol import Act, Event, History, Shown
 
 NOW_MS = time.time_ns() // 1_000_000
@@ -299,3 +299,10 @@ def test_full_synchronous_is_a_setting(tmp_path: Path) -> None:
     state = open_state(f"sqlite:///{tmp_path}/state.db?synchronous=full")
     assert state.append_events([view("u", "a", 1)]) == ["accepted"]
     state.close()
+
+
+def test_an_absolute_url_means_the_same_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_url("sqlite:///a/b.db?synchronous=full") == f"sqlite:///{tmp_path}/a/b.db?synchronous=full"
+    for url in (f"sqlite:///{tmp_path}/b.db", "redis://localhost:6379/0"):
+        assert absolute_url(url) == url
