@@ -5,6 +5,7 @@ In: presets, dictionaries, `path=value` strings. Out: frozen models. It must not
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 import re
 from collections.abc import Iterable, Sequence
@@ -63,6 +64,14 @@ class CleanConfig(Settings):
     max_abs_quantity: float = Field(100_000, gt=0)
     max_price: float = Field(1e9, gt=0)
     k_core: int = Field(0, ge=0, description="keep users and items with at least k events; 0 is off")
+
+    @field_validator("after", "before", mode="before")
+    @classmethod
+    def _time_as_text(cls, value: Any) -> Any:
+        """YAML makes dates and numbers of what looks like one."""
+        return (
+            value.isoformat() if isinstance(value, dt.date) else str(value) if isinstance(value, int | float) else value
+        )
 
 
 class ImageConfig(Settings):

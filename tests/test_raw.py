@@ -181,7 +181,7 @@ def test_pieces_and_blocks_join_up_to_the_whole_file(
     raw = find_raw(str(tmp_path))
     pieces = [piece for task in plan(raw.fs, raw.events) for piece in task]
     assert len(pieces) == 1 if gzipped else len(pieces) > 3
-    blocks = [[block for block in read_piece(raw.fs, piece, everything)] for piece in pieces]
+    blocks = [list(read_piece(raw.fs, piece, everything)) for piece in pieces]
     assert [a for piece in blocks for block in piece for a in block.rows["a"].to_pylist()] == [
         str(n) for n in range(1000)
     ]

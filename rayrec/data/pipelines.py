@@ -32,7 +32,7 @@ from rayrec.data.ledger import merged
 from rayrec.data.mapping import Mapping
 from rayrec.data.raw import Raw, find_raw, plan, raw_settings, sample_pieces, text_bytes
 from rayrec.data.readers import read_piece
-from rayrec.data.sequences import k_core, time_cuts
+from rayrec.data.sequences import Cuts, k_core, time_cuts
 from rayrec.data.shuffle import read_table, write_table
 from rayrec.data.stages import (
     KEEP,
@@ -41,6 +41,7 @@ from rayrec.data.stages import (
     Plan,
     Result,
     clean,
+    engaged_times,
     event_columns,
     find_repeats,
     finish,
@@ -148,13 +149,18 @@ class Run:
         item_ids = sorted(set().union(*(result.item_ids for result in cleaned)))
         table = pa.table({"item_id": pa.array(item_ids, pa.string())})
         write_table(self.out.fs, self.out.path(f"{WORK}/item_ids.arrow"), table)
-        times = np.concatenate([result.time_ms for result in cleaned])
-        cuts = time_cuts(times, self.config.split, self.plan.rules.clock)
         if self.config.clean.k_core:
             self._mark_core(table["item_id"].combine_chunks())
+        cuts = self._cuts() if self.config.split != "loo" else None
         results = list(each("Building sequences", partial(finish, self.plan, cuts), self.plan.n_partitions))
         self._refuse_nothing([*cleaned, *results], sum(result.kept.total() for result in results))
         return results
+
+    def _cuts(self) -> Cuts:
+        """Where a split by time cuts, found in memory: 8 bytes an event."""
+        partitions = range(self.plan.n_partitions)
+        times = [engaged_times(self.plan, partition) for partition in partitions]
+        return time_cuts(np.concatenate(times), self.config.split, self.plan.rules.clock)
 
     def _mark_core(self, item_ids: pa.Array) -> None:
         """Find the k-core, in memory: 16 bytes an event."""
@@ -240,33 +246,30 @@ def each(title: str, work: Callable[[int], R], n: int) -> Iterator[R]:
     Raises what `work` raised. A task that is lost with its node runs again: `work` must not mind.
     """
     import ray
-    from ray.exceptions import RayError
 
     if not n:
         return
 
     def apply(batch: Any) -> Any:
-        return {"id": batch["id"], "result": [pickle.dumps(work(int(i))) for i in batch["id"]]}
+        return {"id": batch["id"], "result": [pickle.dumps(_outcome(work, int(i))) for i in batch["id"]]}
 
     results: dict[int, R] = {}
     with Task(title, n) as task:
-        try:
-            for row in ray.data.range(n, override_num_blocks=n).map_batches(apply, batch_size=1).iter_rows():
-                results[row["id"]] = pickle.loads(row["result"])
-                task.advance()
-        except RayError as error:
-            raise _ours(error) from error
+        for row in ray.data.range(n, override_num_blocks=n).map_batches(apply, batch_size=1).iter_rows():
+            result = pickle.loads(row["result"])
+            if isinstance(result, Exception):
+                raise result
+            results[row["id"]] = result
+            task.advance()
     yield from (results[i] for i in range(n))
 
 
-def _ours(error: BaseException) -> BaseException:
-    """The error that a task raised, out of Ray's wrappings."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, RayrecError | OSError) and not hasattr(cause, "traceback_str"):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
+def _outcome(work: Callable[[int], R], number: int) -> R | Exception:
+    """The result, or the error that a user can mend: as an exception Ray would wrap it and print its stack."""
+    try:
+        return work(number)
+    except (RayrecError, OSError) as error:
+        return error
 
 
 def _quiet() -> None:

@@ -29,14 +29,12 @@ class Cuts:
     test_ms: int
 
 
-def time_cuts(time_ms: Ints, split: str, clock: str) -> Cuts | None:
-    """The cuts of `split` over all engagements' times ([E], any order); None for leave-one-out.
+def time_cuts(time_ms: Ints, split: str, clock: str) -> Cuts:
+    """The cuts of a split `time:<f>` over all engagements' times ([E], any order).
 
-    `time:<f>`: at least the share f of the events lies in test, and as much in validation (equal times stay together).
+    At least the share f of the events lies in test, and as much in validation (equal times stay together).
     Raises UsageError on a clock that has no times, DataError if no event is left for training.
     """
-    if split == "loo":
-        return None
     if clock == "order":
         raise UsageError(f"split={split}: these timestamps are order numbers, not times; use split=loo")
     share = float(split.partition(":")[2])

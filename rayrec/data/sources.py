@@ -10,25 +10,27 @@ import csv
 import gzip
 import io
 import json
+import shutil
 import tarfile
-from collections import Counter, defaultdict
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
 from rayrec.data.raw import SETTINGS_FILE
-from rayrec.errors import DataError, UsageError
+from rayrec.errors import DataError, ResourceError, UsageError
 from rayrec.progress import Task
 
 SHARD_ROWS = 1_000_000
 ITEM_COLUMNS = ("item_id", "category", "brand", "price", "title", "image")
 
 Row = list[str]
-Open = Callable[[], TextIO]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def import_source(name: str, src: str | Path, dst: str | Path) -> dict[str, int]
     """Turn the files of a public data set in `src` (a folder, file or archive) into the raw folder `dst`.
 
     Answers how many events and items were written. Raises UsageError for an unknown name, a missing `src` or a `dst`
-    that is not empty; DataError if the files are not those of the format.
+    that is not empty; DataError if the files are not those of the format; ResourceError where nothing can be written.
+    Nothing half-done stays.
     """
     if name not in SOURCES:
         raise UsageError(f"unknown format '{name}': choose one of {', '.join(SOURCES)}")
@@ -101,17 +104,21 @@ def import_source(name: str, src: str | Path, dst: str | Path) -> dict[str, int]
         raise UsageError(f"{src}: no such file or folder")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UsageError(f"{dst}: exists and is not an empty folder; name another, or remove it first")
+    part = dst.with_name(f"{dst.name}.part-{uuid.uuid4().hex[:8]}")
     try:
-        (dst / "events").mkdir(parents=True, exist_ok=True)
+        (part / "events").mkdir(parents=True)
+        with Task(f"Importing {name}") as task:
+            shop = Shop(part, task)
+            SOURCES[name].read(src, shop)
+            if not shop.n_events:
+                raise DataError(f"{src}: found no events; {name} is {SOURCES[name].description}")
+            shop.close()
+            task.update(shop.n_events)
+        part.replace(dst)
     except OSError as error:
-        raise UsageError(f"{dst}: cannot write there ({error.strerror})") from None
-    with Task(f"Importing {name}") as task:
-        shop = Shop(dst, task)
-        SOURCES[name].read(src, shop)
-        if not shop.n_events:
-            raise DataError(f"{src}: found no events; {name} is {SOURCES[name].description}")
-        shop.close()
-        task.update(shop.n_events)
+        raise ResourceError(f"{dst}: cannot write there ({error.strerror or error}); nothing was left behind") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return {"events": shop.n_events, "items": len(shop.items)}
 
 
@@ -136,28 +143,35 @@ def _text(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
         yield io.TextIOWrapper(stream, encoding=encoding, errors="replace", newline="")
 
 
-def _csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file by column. Raises DataError if it lacks one of `columns`."""
+def _csv(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
+    """The `columns` (two or more) of a CSV file, row by row. Raises DataError if it lacks one."""
     with _text(path, "utf-8-sig") as stream:
-        reader = csv.DictReader(stream, restval="")
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise DataError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(reader.fieldnames or ())}")
-        yield from reader
+        yield from _chosen(stream, path, *columns)
 
 
-def _csv_shards(src: Path) -> Iterator[tuple[str, Iterator[dict[str, str]]]]:
-    """The CSV files of a folder, a tar archive, or the one file: name without ending, and rows by column."""
+def _chosen(stream: TextIO, name: Path | str, *columns: str) -> Iterator[tuple[str, ...]]:
+    reader = csv.reader(stream)
+    header = next(reader, [])
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise DataError(f"{name}: no column {', '.join(missing)}; it has: {', '.join(header)}")
+    choose = itemgetter(*(header.index(column) for column in columns))
+    for row in reader:
+        yield choose(row if len(row) >= len(header) else [*row, *[""] * len(header)])
+
+
+def _csv_shards(src: Path, *columns: str) -> Iterator[tuple[str, Iterator[tuple[str, ...]]]]:
+    """The CSV files of a folder, a tar archive, or the one file: name without ending, and the `columns`."""
     if src.is_file() and tarfile.is_tarfile(src):
         with tarfile.open(src) as archive:
             for member in sorted(archive.getmembers(), key=lambda member: member.name):
                 content = archive.extractfile(member) if member.name.endswith(".csv") else None
                 if content is not None:
                     text = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
-                    yield Path(member.name).stem, csv.DictReader(text, restval="")
+                    yield Path(member.name).stem, _chosen(text, member.name, *columns)
         return
     for path in [src] if src.is_file() else sorted([*src.rglob("*.csv"), *src.rglob("*.csv.gz")]):
-        yield path.name.split(".")[0], _csv(path)
+        yield path.name.split(".")[0], _csv(path, *columns)
 
 
 # ---------------------------------------------------------------- the formats
@@ -166,28 +180,23 @@ def _csv_shards(src: Path) -> Iterator[tuple[str, Iterator[dict[str, str]]]]:
 def _online_retail(src: Path, shop: Shop) -> None:
     """Invoices that start with C cancel; those that start with A adjust the books and stay as they are."""
     columns = ("InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID")
-    titles: dict[str, Counter[str]] = defaultdict(Counter)
-    prices: dict[str, Counter[str]] = defaultdict(Counter)
+    titles: Counter[tuple[str, str]] = Counter()
+    prices: Counter[tuple[str, str]] = Counter()
 
-    def events(rows: Iterable[dict[str, str]], name: str) -> Iterator[Row]:
-        for row in rows:
-            try:
-                invoice, item, title, quantity, date, price, customer = (row[column] for column in columns)
-            except KeyError as missing:
-                raise DataError(f"{src}: {name}: no column {missing}; it has: {', '.join(map(str, row))}") from None
-            if title.strip():
-                titles[item][title.strip()] += 1
-            if not price.startswith(("-", "0.0")) and price not in ("", "0"):
-                prices[item][price] += 1
+    def events(rows: Iterable[tuple[str, ...]]) -> Iterator[Row]:
+        for invoice, item, title, quantity, date, price, customer in rows:
+            titles[item, title.strip()] += 1
+            prices[item, price] += 1
             action = {"C": "cancel", "A": "adjust"}.get(invoice[:1], "purchase")
             yield [customer, invoice, item, _iso(date), action, price, quantity]
 
     header = ("user_id", "session_id", "item_id", "timestamp", "action", "price", "quantity")
-    for name, rows in _csv_shards(src):
-        shop.events(header, events(rows, name), name)
-    for item in {**titles, **prices}:
-        title, price = (next((value for value, _ in c[item].most_common(1)), "") for c in (titles, prices))
-        shop.item(item, title=title, price=price)
+    for name, rows in _csv_shards(src, *columns):
+        shop.events(header, events(rows), name)
+    for counts, field in ((titles, "title"), (prices, "price")):
+        for (item, value), _ in reversed(counts.most_common()):  # the most frequent comes last, and stays
+            if value and not value.startswith(("-", "0.0")) and value != "0":
+                shop.item(item, **{field: value})
 
 
 def _iso(date: str) -> str:
@@ -231,37 +240,29 @@ def _movielens_1m(src: Path, shop: Shop) -> None:
 
 
 def _hm(src: Path, shop: Shop) -> None:
-    transactions = _csv(_find(src, "transactions_train.csv"), "t_dat", "customer_id", "article_id", "price")
+    rows = _csv(_find(src, "transactions_train.csv"), "customer_id", "article_id", "t_dat", "price")
     shop.events(
         ("user_id", "item_id", "timestamp", "action", "price"),
-        ([r["customer_id"], r["article_id"], r["t_dat"], "purchase", r["price"]] for r in transactions),
+        ([user, item, day, "purchase", price] for user, item, day, price in rows),
     )
     folder = src.parent if src.is_file() else src
-    for row in _csv(_find(folder, "articles.csv"), "article_id", "prod_name", "product_type_name", "index_group_name"):
-        item = row["article_id"]
+    columns = ("article_id", "prod_name", "product_group_name", "product_type_name", "index_group_name")
+    for item, title, group, kind, brand in _csv(_find(folder, "articles.csv"), *columns):
         image = folder / "images" / item[:3] / f"{item}.jpg"
-        shop.item(
-            item,
-            title=row["prod_name"],
-            category=f"{row.get('product_group_name', '')}/{row['product_type_name']}".strip("/"),
-            brand=row["index_group_name"],
-            image=str(image.absolute()) if image.exists() else "",
-        )
+        path = str(image.absolute()) if image.exists() else ""
+        shop.item(item, title=title, category=f"{group}/{kind}", brand=brand, image=path)
 
 
 def _retailrocket(src: Path, shop: Shop) -> None:
     """Item properties are hashed, all but `categoryid`; an item's latest category counts."""
-    rows = _csv(_find(src, "events.csv"), "timestamp", "visitorid", "event", "itemid")
-    shop.events(
-        ("user_id", "item_id", "timestamp", "action"),
-        ([r["visitorid"], r["itemid"], r["timestamp"], r["event"]] for r in rows),
-    )
+    rows = _csv(_find(src, "events.csv"), "visitorid", "itemid", "timestamp", "event")
+    shop.events(("user_id", "item_id", "timestamp", "action"), rows)
     latest: dict[str, int] = {}
     for path in sorted((src.parent if src.is_file() else src).rglob("item_properties*.csv")):
-        for row in _csv(path, "timestamp", "itemid", "property", "value"):
-            if row["property"] == "categoryid" and int(row["timestamp"] or 0) >= latest.get(row["itemid"], 0):
-                latest[row["itemid"]] = int(row["timestamp"] or 0)
-                shop.item(row["itemid"], category=row["value"])
+        for time, item, name, value in _csv(path, "timestamp", "itemid", "property", "value"):
+            if name == "categoryid" and int(time or 0) >= latest.get(item, 0):
+                latest[item] = int(time or 0)
+                shop.item(item, category=value)
 
 
 def _amazon_reviews(src: Path, shop: Shop) -> None:

@@ -155,10 +155,9 @@ def _exists(plan: Plan, path: str) -> bool:
 
 @dataclass
 class CleanResult(Result):
-    """item_ids: the different items of the events; time_ms: of engagements, if the split needs them."""
+    """item_ids: the different items of the events."""
 
     item_ids: list[str] = field(default_factory=list)
-    time_ms: Ints = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def clean(plan: Plan, dealt: list[str], has_event_ids: bool, partition: int) -> CleanResult:
@@ -177,8 +176,6 @@ def clean(plan: Plan, dealt: list[str], has_event_ids: bool, partition: int) -> 
     write_table(plan.out.fs, plan.out.path(f"{WORK}/clean-{partition:05d}.arrow"), cleaned.events)
     rejects.write(f"clean-{partition:05d}")
     result.item_ids = pc.unique(cleaned.events["item_id"]).to_pylist()
-    if plan.config.split != "loo":
-        result.time_ms = cleaned.events["time_ms"].to_numpy()[_engaged(plan, cleaned.events)]
     return result
 
 
@@ -218,11 +215,8 @@ def finish(plan: Plan, cuts: Cuts | None, partition: int) -> FinishResult:
     """Write one partition's events; build its sequences over provisional item numbers (places in the sorted ids)."""
     result = FinishResult()
     rejects = Rejects(plan, result.ledger)
-    events = read_table(plan.out.fs, plan.out.path(f"{WORK}/clean-{partition:05d}.arrow"))
-    if plan.config.clean.k_core:
-        keep = read_table(plan.out.fs, plan.out.path(f"{WORK}/core-{partition:05d}.arrow"))[KEEP]
-        rejects.of_events(events.filter(pc.invert(keep)), "k_core")
-        events = events.filter(keep)
+    events, outside = _core(plan, partition)
+    rejects.of_events(outside, "k_core")
     item_ids = read_table(plan.out.fs, plan.out.path(f"{WORK}/item_ids.arrow"))["item_id"].combine_chunks()
     item_E = pc.index_in(events["item_id"].combine_chunks(), item_ids).to_numpy(zero_copy_only=False).astype(np.int64)
     engaged = _engaged(plan, events)
@@ -244,6 +238,21 @@ def finish(plan: Plan, cuts: Cuts | None, partition: int) -> FinishResult:
     plan.out.parquet(f"events/part-{partition:05d}.parquet", _as_event_schema(events))
     rejects.write(f"finish-{partition:05d}")
     return result
+
+
+def engaged_times(plan: Plan, partition: int) -> Ints:
+    """The times of one partition's engagements, [E] int64."""
+    events, _ = _core(plan, partition)
+    return np.asarray(events["time_ms"].to_numpy()[_engaged(plan, events)], np.int64)
+
+
+def _core(plan: Plan, partition: int) -> tuple[pa.Table, pa.Table]:
+    """The clean events of one partition, and those of them outside the k-core."""
+    events = read_table(plan.out.fs, plan.out.path(f"{WORK}/clean-{partition:05d}.arrow"))
+    if not plan.config.clean.k_core:
+        return events, events.slice(0, 0)
+    keep = read_table(plan.out.fs, plan.out.path(f"{WORK}/core-{partition:05d}.arrow"))[KEEP]
+    return events.filter(keep), events.filter(pc.invert(keep))
 
 
 def _count(plan: Plan, events: pa.Table, result: FinishResult) -> None:

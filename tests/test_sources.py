@@ -1,0 +1,151 @@
+"""Importers of public formats, each on a tiny hand-made download."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rayrec.data.sources import SOURCES, import_source
+from rayrec.errors import DataError, UsageError
+
+FILES = {
+    "online_retail": {
+        "2010-12-01.csv": "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n"
+        '536365,85123A,"HEART, white",6,2010-12-01 08:26:00,2.55,17850.0,United Kingdom\n'
+        "C536379,85123A,heart,-1,12/1/2010 8:30,0.0,,France\n",
+        "2010-12-02.csv": "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n"
+        'A1,85123A,"HEART, white",1,2010-12-02 08:26:00,-9,17850.0,France\n',
+    },
+    "taobao_userbehavior": {
+        "UserBehavior.csv": "1,2268318,2520377,pv,1511544070\n1,2333346,2520771,buy,1511561733\n1,2",
+    },
+    "movielens_1m": {
+        "ratings.dat": "1::1193::5::978300760\n2::1::3::978302109\n",
+        "movies.dat": "1::Toy Story (1995)::Animation|Children's\n1193::Am\xe9lie (2001)::Drama\n",
+    },
+    "hm": {
+        "transactions_train.csv": "t_dat,customer_id,article_id,price,sales_channel_id\n"
+        "2018-09-20,00ab,0663713001,0.05,2\n",
+        "articles.csv": "article_id,prod_name,product_type_name,product_group_name,index_group_name\n"
+        "0663713001,Strap top,Vest top,Garment Upper body,Ladieswear\n",
+        "images/066/0663713001.jpg": "jpg",
+    },
+    "retailrocket": {
+        "events.csv": "timestamp,visitorid,event,itemid,transactionid\n1433221332117,257597,addtocart,355908,\n",
+        "item_properties_part1.csv": "timestamp,itemid,property,value\n1435460400000,355908,categoryid,1338\n"
+        "1435460500000,355908,888,1116713\n",
+        "item_properties_part2.csv": "timestamp,itemid,property,value\n1435460300000,355908,categoryid,1\n",
+    },
+    "amazon_reviews": {
+        "reviews_Beauty.json": '{"reviewerID": "A1", "asin": "0001", "overall": 5.0, "unixReviewTime": 1369699200}',
+        "Beauty_2023.jsonl": json.dumps(
+            {"user_id": "A2", "asin": "x", "parent_asin": "B2", "rating": 3, "timestamp": 1588687728923}
+        ),
+        "meta_Beauty.json": json.dumps(
+            {"asin": "0001", "title": "Soap", "brand": "Fa", "price": "$3.50", "categories": [["Beauty", "Bath"]]}
+        ),
+    },
+}
+
+EXPECTED = {
+    "online_retail": [
+        ("17850.0", "536365", "85123A", "2010-12-01 08:26:00", "purchase", "2.55", "6"),
+        ("", "C536379", "85123A", "2010-12-01 08:30:00", "cancel", "0.0", "-1"),
+        ("17850.0", "A1", "85123A", "2010-12-02 08:26:00", "adjust", "-9", "1"),
+    ],
+    "taobao_userbehavior": [("1", "2268318", "1511544070", "pv"), ("1", "2333346", "1511561733", "buy"), ("1", "2")],
+    "movielens_1m": [("1", "1193", "978300760", "rate", "5"), ("2", "1", "978302109", "rate", "3")],
+    "hm": [("00ab", "0663713001", "2018-09-20", "purchase", "0.05")],
+    "retailrocket": [("257597", "355908", "1433221332117", "addtocart")],
+    "amazon_reviews": [("A2", "B2", "1588687728923", "rate", "3"), ("A1", "0001", "1369699200", "rate", "5.0")],
+}
+
+ITEMS = {
+    "online_retail": [("85123A", "", "", "2.55", "HEART, white", "")],
+    "taobao_userbehavior": [("2268318", "2520377", "", "", "", ""), ("2333346", "2520771", "", "", "", "")],
+    "movielens_1m": [
+        ("1", "Animation|Children's", "", "", "Toy Story (1995)", ""),
+        ("1193", "Drama", "", "", "Amélie (2001)", ""),
+    ],
+    "retailrocket": [("355908", "1338", "", "", "", "")],
+    "amazon_reviews": [("0001", "Beauty|Bath", "Fa", "3.50", "Soap", "")],
+}
+
+
+def download(folder: Path, name: str) -> Path:
+    for file, text in FILES[name].items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text, encoding="latin-1" if file.endswith(".dat") else "utf-8")
+    return folder
+
+
+def read(path: Path) -> list[tuple[str, ...]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [tuple(row) for row in csv.reader(stream)][1:]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_format(tmp_path: Path, name: str) -> None:
+    counts = import_source(name, download(tmp_path / "src", name), tmp_path / "raw")
+    events = [row for path in sorted((tmp_path / "raw" / "events").glob("*.csv")) for row in read(path)]
+    assert events == EXPECTED[name]
+    assert counts["events"] == len(events)
+    if name in ITEMS:
+        assert read(tmp_path / "raw" / "items.csv") == ITEMS[name]
+
+
+def test_hm_images_are_referred_to_not_copied(tmp_path: Path) -> None:
+    import_source("hm", download(tmp_path / "src", "hm"), tmp_path / "raw")
+    (item,) = read(tmp_path / "raw" / "items.csv")
+    assert item[-1] == str(tmp_path / "src" / "images/066/0663713001.jpg")
+    assert item[1:3] == ("Garment Upper body/Vest top", "Ladieswear")
+
+
+def test_taobao_brings_its_window_along(tmp_path: Path) -> None:
+    import_source("taobao_userbehavior", download(tmp_path / "src", "taobao_userbehavior"), tmp_path / "raw")
+    settings = yaml.safe_load((tmp_path / "raw" / "prepare.yaml").read_text())
+    assert settings["clean.after"] == "2017-11-25T00:00:00+08:00"
+
+
+def test_archives_and_compressed_files(tmp_path: Path) -> None:
+    src = download(tmp_path / "src", "online_retail")
+    with tarfile.open(tmp_path / "days.tar.gz", "w:gz") as archive:
+        archive.add(src, "by-day")
+    import_source("online_retail", tmp_path / "days.tar.gz", tmp_path / "raw")
+    assert [path.name for path in sorted((tmp_path / "raw/events").iterdir())] == [
+        "2010-12-01-00000.csv", "2010-12-02-00000.csv",
+    ]  # fmt: skip
+    reviews = tmp_path / "reviews.json.gz"
+    reviews.write_bytes(gzip.compress(FILES["amazon_reviews"]["reviews_Beauty.json"].encode()))
+    assert import_source("amazon_reviews", reviews, tmp_path / "raw2") == {"events": 1, "items": 0}
+
+
+def test_shards_have_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayrec.data.sources.SHARD_ROWS", 1)
+    import_source("movielens_1m", download(tmp_path / "src", "movielens_1m"), tmp_path / "raw")
+    shards = sorted((tmp_path / "raw" / "events").iterdir())
+    assert [read(path) for path in shards] == [[row] for row in EXPECTED["movielens_1m"]]
+
+
+def test_mistakes_are_explained(tmp_path: Path) -> None:
+    src = download(tmp_path / "src", "hm")
+    with pytest.raises(UsageError, match="unknown format 'netflix': choose one of online_retail"):
+        import_source("netflix", src, tmp_path / "raw")
+    with pytest.raises(UsageError, match="no such file"):
+        import_source("hm", tmp_path / "none", tmp_path / "raw")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        import_source("hm", src, src)
+    with pytest.raises(DataError, match=r"no ratings\.dat; there is: articles\.csv"):
+        import_source("movielens_1m", src, tmp_path / "raw")
+    with pytest.raises(DataError, match="no column visitorid, itemid"):
+        import_source("retailrocket", src / "articles.csv", tmp_path / "raw3")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="found no events"):
+        import_source("online_retail", tmp_path / "empty", tmp_path / "raw4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "src"]
