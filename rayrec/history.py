@@ -75,7 +75,7 @@ def encode_history(
     if clock != "order" and len(item_E) > 1:
         gap_E[1:] = np.clip(np.diff(time_E) / 1000.0, 0.0, MAX_GAP_S)
         gap_E[first_E] = 0.0
-    hour_E = (time_E % 86_400_000 / 3_600_000.0).astype(np.float32)
+    hour_E = (time_E // 1000 % 86_400 / 3600.0).astype(np.float32)  # with milliseconds float32 could round to 24
     if clock != "time":
         hour_E[:] = -1.0
 

@@ -15,9 +15,9 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import PrepareConfig
 from rayrec.data.items import (
     CATALOGUE_SCHEMA,
+    AttributeEncoder,
     BuiltItems,
     CleanedItems,
-    ItemEncoder,
     build_items,
     category_levels,
     clean_items,
@@ -370,6 +370,6 @@ def test_a_saved_encoder_encodes_items_as_they_were_built() -> None:
     ]
     built = build(catalogue(*rows, {"item_id": "99"}))
     saved = json.loads(json.dumps(built.encoder.to_dict()))
-    encoded = ItemEncoder.from_dict(saved, built.vocab).encode(built.table)
+    encoded = AttributeEncoder.from_dict(saved, built.vocab).encode(built.table)
     for name, column in encoded.items():
         assert column.to_pylist() == built.table[name].to_pylist(), name

@@ -183,7 +183,7 @@ def _blank_as_null(text: pa.Array, missing_words: bool = True) -> pa.Array:
 
 
 @dataclass(frozen=True)
-class ItemEncoder:
+class AttributeEncoder:
     """How the attributes of an item become codes: what training learnt, applied to items that come later."""
 
     categories: Vocabulary
@@ -196,7 +196,7 @@ class ItemEncoder:
         return {"price": asdict(self.price), "price_deciles": list(self.price_deciles)}
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any], vocab: Mapping[str, list[str]]) -> ItemEncoder:
+    def from_dict(cls, saved: Mapping[str, Any], vocab: Mapping[str, list[str]]) -> AttributeEncoder:
         """The encoder that `to_dict` and `BuiltItems.vocab` saved."""
         return cls(
             categories=Vocabulary(vocab["categories"]),
@@ -230,7 +230,7 @@ class BuiltItems:
 
     table: pa.Table
     vocab: dict[str, list[str]]
-    encoder: ItemEncoder
+    encoder: AttributeEncoder
     repairs: dict[str, int]
 
 
@@ -344,14 +344,14 @@ def _repair_text(items: pa.Table, name: str, config: TextColumnConfig) -> tuple[
     return _with(items, name, pc.fill_null(column, stand_in)), counts
 
 
-def _learn(items: pa.Table, config: PrepareConfig) -> tuple[ItemEncoder, npt.NDArray[np.float32], dict[str, int]]:
+def _learn(items: pa.Table, config: PrepareConfig) -> tuple[AttributeEncoder, npt.NDArray[np.float32], dict[str, int]]:
     """The encoder, the scaled price of each item, and what was repaired in prices."""
     categories, brands = category_levels(_column(items, "category"))[0], _column(items, "brand").drop_null()
     prices = items["price"].to_numpy().astype(np.float64)
     repaired = repair(prices, config.price)
     known = prices[~np.isnan(prices)]
     has_deciles = repaired.fit.kept and len(known) > 0
-    encoder = ItemEncoder(
+    encoder = AttributeEncoder(
         categories=build_vocabulary(categories, config.category.hash_above, config.category.hash_buckets),
         brands=build_vocabulary(brands, config.brand.hash_above, config.brand.hash_buckets),
         price=repaired.fit,
