@@ -54,13 +54,15 @@ class Bundle:
             manifest = json.loads((folder / "manifest.json").read_text())
         except ValueError:
             raise BundleError(f"{folder}/manifest.json: not JSON; train again or restore the bundle") from None
-        if manifest.get("format") != FORMAT:
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise BundleError(f"{folder}: not a rayrec bundle")
         if manifest.get("bundle_version") != BUNDLE_VERSION:
             raise BundleError(
                 f"{folder}: bundle of version {manifest.get('bundle_version')}, this rayrec reads {BUNDLE_VERSION}; "
                 "train again"
             )
+        if manifest.pop("seal", None) != _seal(manifest):
+            raise BundleError(f"{folder}: manifest.json was changed after it was written; restore it or train again")
         for name, digest in manifest["files"].items():
             file = folder / name
             if not file.is_file():
@@ -177,11 +179,11 @@ class BundleWriter:
             "files": files,
             **facts,
         }
-        write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        _write_manifest(self.folder, manifest)
         return Bundle(self.folder, manifest)
 
 
-def add_file(bundle: Bundle, name: str, write: Callable[[Path], None]) -> Bundle:
+def add_file(bundle: Bundle, name: str, write: Callable[[Path], object]) -> Bundle:
     """Add or replace one derived file (metrics, a report) of a finished bundle, and its hash in the manifest."""
     part = bundle.path / f".{name}.{uuid.uuid4().hex}"
     try:
@@ -191,7 +193,7 @@ def add_file(bundle: Bundle, name: str, write: Callable[[Path], None]) -> Bundle
     finally:
         part.unlink(missing_ok=True)
     manifest = {**bundle.manifest, "files": {**bundle.manifest["files"], name: digest}}
-    write_atomically(bundle.path / "manifest.json", json.dumps(manifest, indent=1).encode())
+    _write_manifest(bundle.path, manifest)
     return Bundle(bundle.path, manifest)
 
 
@@ -214,7 +216,7 @@ def resolve(path: Path) -> Path:
         return path
     current = path / CURRENT
     if current.is_file():
-        version = current.read_text().strip()
+        version = current.read_text(errors="replace").strip()
         if _VERSION.fullmatch(version) and (path / version / "manifest.json").is_file():
             return path / version
         raise BundleError(f"{current} names '{version}', which is not there; versions: {', '.join(versions(path))}")
@@ -223,6 +225,11 @@ def resolve(path: Path) -> Path:
     if versions(path):
         raise UsageError(f"{path}: no version is published; name one: {', '.join(versions(path))}")
     raise UsageError(f"{path}: no bundle here (no manifest.json): was training interrupted?")
+
+
+def default_state(path: str | Path) -> str:
+    """URL of the state of a bundle: a file beside it, in the BUNDLES folder, where every version finds it."""
+    return f"sqlite:///{resolve(Path(path)).absolute().parent / 'state.db'}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -236,6 +243,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    sealed = {**manifest, "seal": _seal(manifest)}
+    write_atomically(folder / "manifest.json", json.dumps(sealed, indent=1).encode())
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that the manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

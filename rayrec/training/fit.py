@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rayrec.bundle import Bundle
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config, TrainConfig
 from rayrec.data.dataset import Dataset
@@ -31,19 +32,22 @@ from rayrec.model.scorer import Scorer
 from rayrec.training.batches import ListCollate, NextItemCollate, PairCollate, minibatches
 from rayrec.training.calibrate import calibrate
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, train_epoch
+from rayrec.training.warm_start import warm_start
 
 
 @dataclass(frozen=True)
 class Job:
     """What every worker of a training is told.
 
-    followers: transition counts of the first stage, [N + 1, N + 1]. rows: rows of each table in the whole dataset.
+    followers: transition counts of the first stage, [N + 1, N + 1]. rows: rows of each stage in the whole dataset.
+    start_from: a bundle whose weights to start from.
     """
 
     config: Config
     dataset: str
     followers: sp.csr_array
     rows: dict[str, int]
+    start_from: str | None = None
 
 
 class Feed(Protocol):
@@ -91,6 +95,9 @@ class Fit:
         self.model = build(
             config, self.catalogue, images.item_M if images else None, images.pixels_MHWC if images else None
         ).to(self.peers.device)
+        if self.job.start_from and self.resume is None:
+            vocab = {name: self.dataset.vocab(name) for name in ("categories", "brands")}
+            warm_start(self.model, self.catalogue, vocab, Bundle.open(self.job.start_from))
         self.history: list[dict[str, Any]] = []
         self.judged = _sample(self.dataset, config.train) if self.peers.rank == 0 else None
 
@@ -137,7 +144,9 @@ class Fit:
                 break
             rng = np.random.default_rng([train.seed, len(stage), epoch, self.peers.rank])
             torch.manual_seed(int(rng.integers(2**31)))
-            batches = islice(make(self.feed.chunks(stage, rng), rng), steps)
+            batches = make(self.feed.chunks(stage, rng), rng)
+            if train.max_samples:
+                batches = islice(batches, steps)
             stats = train_epoch(learner, stage, epoch, batches, partial(self.peers.step, stage, epoch, steps))
             metrics = self._validate(stage)
             if stopper.better(score(metrics)):
@@ -157,7 +166,7 @@ class Fit:
             yield from collate(rows, rng)
 
     def _steps(self, stage: str) -> int:
-        """Steps of an epoch: the same on every worker, whatever rows it was given."""
+        """Steps of an epoch: for the schedule and, with `max_samples`, the limit."""
         train = self.job.config.train
         samples = self.job.rows[stage] // self.peers.world
         if train.max_samples:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 from PIL import Image
@@ -54,7 +55,7 @@ def write_bundle(
         pq.write_table(catalogue.table, writer.file("items/items.parquet"))
         for name in ("categories", "brands"):
             writer.json(f"vocab/{name}.json", dataset.vocab(name))
-        pq.write_table(thumbnails(dataset.images()), writer.file("images/thumbnails.parquet"))
+        pa.feather.write_feather(thumbnails(dataset.images()), writer.file("images/thumbnails.arrow"), "uncompressed")
         writer.json("metrics.json", {"training": history})
         draw_curves(history, writer.file("curves.png"))
         writer.file("MODEL_CARD.md").write_text(model_card(config, dataset, catalogue, history))

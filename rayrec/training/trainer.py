@@ -47,12 +47,14 @@ def train(
     config: Config,
     *,
     resume: bool = False,
+    start_from: str | None = None,
     publish: bool = True,
     wait_s: float = 0.0,
 ) -> Bundle:
     """Train the model of `config` on a dataset; write the bundle, and make it the live one if `publish`.
 
     resume: go on with the last training of this BUNDLES folder that did not finish.
+    start_from: a bundle whose weights to start from.
     wait_s: how long a cluster that scales up may take to give the workers.
     Raises ResourceError at once if the cluster cannot give `config.train.workers`.
     """
@@ -65,8 +67,9 @@ def train(
     resources = worker_resources(config, wait_s)
     step(f"train: preset {config.preset}, {config.train.workers} worker(s), {len(catalogue)} items, run {run}")
     facts = survey(dataset, len(catalogue), config)
-    job = Job(config, dataset_path, facts.first_stage, facts.rows)
-    board = Board.remote()
+    source = str(Bundle.open(start_from).path) if start_from else None
+    job = Job(config, dataset_path, facts.first_stage, facts.rows, source)
+    board = Board.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": ray.put(job), "board": board},
@@ -78,7 +81,7 @@ def train(
             storage_path=runs.storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=2),
-            worker_runtime_env={"env_vars": ALLOCATOR},
+            worker_runtime_env={"env_vars": ALLOCATOR},  # type: ignore[call-arg]
         ),
         torch_config=TorchConfig(backend="nccl" if config.train.gpu else "gloo"),
         datasets=_tables(dataset, config),
@@ -101,7 +104,7 @@ def _tables(dataset: Dataset, config: Config) -> dict[str, Any]:
     length, share = config.model.max_len, config.train.fusion_holdout
 
     def rows(make: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
-        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None, num_cpus=0.5)
+        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None)
 
     if config.model.kind == "paper":
         return {"pairs": rows(partial(examples, max_len=length))}

@@ -1,0 +1,5 @@
+"""`python -m rayrec`."""
+
+from rayrec.cli import main
+
+main()

@@ -1,0 +1,308 @@
+"""The command line: words to calls. In: arguments. Out: one clear message or one JSON object, and an exit code.
+
+Nothing is decided here but defaults. Each command imports what it needs when it runs, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rayrec.config import Config, PrepareConfig, ServeConfig, preset, with_settings
+from rayrec.errors import RayrecError, UsageError
+from rayrec.progress import step
+
+app = typer.Typer(
+    help="A real-time recommender on Ray: logs and product images in, a live personal ranking out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Split(str, Enum):
+    """Targets to judge on."""
+
+    TEST = "test"
+    VALID = "valid"
+
+
+bundles_app = typer.Typer(help="Look at trained bundles.", no_args_is_help=True)
+app.add_typer(bundles_app, name="bundles")
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
+State = Annotated[str | None, typer.Option(help="Where state is kept: sqlite:///PATH (default: beside the bundle).")]
+
+
+@app.command()
+def demo(
+    work: Annotated[Path | None, typer.Option(help="Where to work (default: ./rayrec-demo).")] = None,
+    port: Port = 8000,
+    exit_: Annotated[bool, typer.Option("--exit", help="Run a scripted shopper and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A sample shop, prepared, trained on, judged and served: all of rayrec in one go."""
+    from rayrec.demo import run
+
+    result = run(work or Path("rayrec-demo"), port, exit_)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet, or is empty.")],
+    users: Annotated[int, typer.Option(min=1)] = 2000,
+    items: Annotated[int, typer.Option(min=1)] = 600,
+    events: Annotated[int, typer.Option(min=1)] = 60_000,
+    seed: Seed = 0,
+    dirty: Annotated[bool, typer.Option("--dirty", help="Add a little of every kind of dirt.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a shop whose right answers are known: logs, catalogue, pictures and truth.json."""
+    from dataclasses import asdict
+
+    from rayrec.data.sample import SampleConfig, write_shop
+
+    report = write_shop(folder, SampleConfig(users=users, items=items, events=events, seed=seed, dirty=dirty))
+    step(f"{report.rows} rows of {report.users} users on {report.items} items in {report.folder}")
+    if as_json:
+        _print_json(asdict(report))
+
+
+@app.command("import")
+def import_(
+    name: Annotated[str | None, typer.Argument(help="A public format; --list names them.")] = None,
+    src: Annotated[Path | None, typer.Argument(help="What was downloaded: a file, an archive or a folder.")] = None,
+    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="The raw folder to write.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the formats.")] = False,
+) -> None:
+    """Turn a public data set into a raw folder."""
+    from rayrec.data.sources import SOURCES, import_source
+
+    if list_:
+        for known, source in SOURCES.items():
+            typer.echo(f"{known:<22} {source.description}")
+        return
+    if name is None or src is None or folder is None:
+        raise UsageError("give NAME, SRC and DIR: rayrec import NAME SRC DIR; rayrec import --list names the formats")
+    import_source(name, src, folder)
+
+
+@app.command()
+def prepare(
+    raw: Annotated[str, typer.Argument(help="The raw folder, file or glob, or a URI.")],
+    dataset: Annotated[str, typer.Argument(help="The dataset folder to write.")],
+    map_: Annotated[Path | None, typer.Option("--map", help="YAML that names your columns and actions.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Clean logs, catalogue and images into a dataset. Every row is kept, collapsed, or rejected with its reason."""
+    from rayrec.cluster import disconnect, require_absolute
+    from rayrec.data.mapping import load_mapping
+    from rayrec.data.pipelines import prepare as run
+
+    require_absolute(raw, dataset)
+    config = with_settings(PrepareConfig(), set_ or [])
+    try:
+        report = run(raw, dataset, config, load_mapping(map_) if map_ else None)
+    finally:
+        disconnect()
+    _say_prepared(report, dataset)
+    if as_json:
+        _print_json(report)
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Argument(help="A dataset folder made by prepare.")],
+    bundles: Annotated[str, typer.Argument(help="Where bundles are kept.")],
+    preset_: Annotated[str, typer.Option("--preset", help="small, base or paper.")] = "small",
+    workers: Annotated[int | None, typer.Option(min=1, help="Data-parallel workers.")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same result.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that did not finish.")] = False,
+    from_: Annotated[str | None, typer.Option("--from", metavar="BUNDLE", help="Start from its weights.")] = None,
+    no_publish: Annotated[bool, typer.Option("--no-publish", help="Do not make the bundle the live one.")] = False,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds that a cluster may take to add nodes.")] = 0.0,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train the CNN + LSTM ranker, data-parallel, into a bundle."""
+    from rayrec.cluster import disconnect, require_absolute
+    from rayrec.training.trainer import train as run
+
+    require_absolute(dataset, bundles)
+    given = {"workers": workers, "epochs": epochs, "seed": seed, "gpu": gpu or None}
+    options = [f"train.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    config: Config = with_settings(preset(preset_), [*options, *(set_ or [])])
+    try:
+        bundle = run(dataset, bundles, config, resume=resume, start_from=from_, publish=not no_publish, wait_s=wait)
+    finally:
+        disconnect()
+    step(f"bundle {bundle.path}")
+    if as_json:
+        _print_json({"version": bundle.version, "path": str(bundle.path), **bundle.json("metrics.json")})
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[str, typer.Argument(help="A bundle, or a BUNDLES folder.")],
+    dataset: Annotated[str, typer.Argument(help="The dataset folder.")],
+    split: Annotated[Split, typer.Option(help="Which targets.")] = Split.TEST,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write the report here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a bundle by full ranking in three protocols, with the floors beside it."""
+    from rayrec.cluster import disconnect, require_absolute
+    from rayrec.evaluation.table import table_lines
+    from rayrec.serving.judging import judge
+
+    require_absolute(bundle, dataset, *([str(report)] if report else []))
+    try:
+        result = judge(bundle, dataset, split.value, report)
+    finally:
+        disconnect()
+    for line in table_lines(result):
+        typer.echo(line, err=True)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def serve(
+    bundle: Annotated[str, typer.Argument(help="A bundle, or a BUNDLES folder.")],
+    host: str = "127.0.0.1",
+    port: Port = 8000,
+    state: State = None,
+    min_replicas: Annotated[int | None, typer.Option(min=1)] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1)] = None,
+    set_: Set = None,
+) -> None:
+    """Serve live lists: events in, rankings out; replicas follow the load. Ctrl-C stops it."""
+    from rayrec.bundle import default_state
+    from rayrec.cluster import require_absolute
+    from rayrec.serving.app import run_server
+
+    require_absolute(bundle)
+    given = {"min_replicas": min_replicas, "max_replicas": max_replicas}
+    options = [f"autoscale.{name}={value}" for name, value in given.items() if value is not None]
+    config: ServeConfig = with_settings(ServeConfig(), [*options, *(set_ or [])])
+    run_server(bundle, state_url=state or default_state(bundle), config=config, host=host, port=port)
+
+
+@app.command()
+def recommend(
+    bundle: Annotated[str, typer.Argument(help="A bundle, or a BUNDLES folder.")],
+    user: Annotated[str, typer.Option(help="Whose list.")],
+    scene: str = "home",
+    k: Annotated[int, typer.Option("-k", min=1, max=200)] = 10,
+    item: Annotated[str | None, typer.Option(help="The item at hand, for scene item.")] = None,
+    history: Annotated[str | None, typer.Option(metavar="DATASET", help="Take the user's past from here.")] = None,
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """A user's list, without a server: the body of /v1/recommend."""
+    from rayrec.bundle import default_state
+    from rayrec.serving.offline import recommend as run
+
+    answer = run(bundle, state or default_state(bundle), user, scene, k, item, history)
+    if as_json:
+        _print_json(answer)
+        return
+    for place, shown in enumerate(answer["items"], 1):
+        typer.echo(f"{place:3d}  {shown['score']:.4f}  {shown['item_id']:<14} {shown['title'] or ''}")
+
+
+@bundles_app.command("list")
+def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.")], as_json: Json = False) -> None:
+    """Versions in a BUNDLES folder; the live one is marked."""
+    from rayrec.bundle import CURRENT, versions
+
+    if not bundles.is_dir():
+        raise UsageError(f"{bundles}: no such folder")
+    current = (bundles / CURRENT).read_text().strip() if (bundles / CURRENT).is_file() else None
+    found = [
+        {"version": version, "live": version == current, **_facts(bundles / version)} for version in versions(bundles)
+    ]
+    for row in found:
+        ndcg = "" if row["ndcg@10"] is None else f"  NDCG@10 {row['ndcg@10']:.4f}"
+        typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  {row['created']}  {row['items']} items{ndcg}")
+    if as_json:
+        _print_json({"bundles": found})
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="prepare, train or images.")],
+    events: Annotated[int, typer.Option(min=1000, help="Events of the data that is made for it.")] = 1_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are reported.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure rayrec against a plain way of doing the same, interleaved on this machine."""
+    from rayrec.bench import BENCHES
+
+    if name not in BENCHES:
+        raise UsageError(f"no bench '{name}': choose one of {', '.join(BENCHES)}")
+    result = BENCHES[name](events, rounds)
+    if as_json:
+        _print_json(result)
+
+
+# ---------------------------------------------------------------- what commands share
+
+
+def _say_prepared(report: dict[str, Any], dataset: str) -> None:
+    for name in ("events", "items", "images"):
+        part = report[name]
+        reasons = ", ".join(f"{reason} {n}" for reason, n in part["rejected"].items())
+        step(
+            f"{name}: read {part['read']} = kept {part['kept']} + collapsed {part['collapsed']} "
+            f"+ rejected {sum(part['rejected'].values())}" + (f" ({reasons})" if reasons else "")
+        )
+    step(f"dataset {dataset}: {report['users']} users, {report['sessions']} sessions, clock {report['clock']}")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    ndcg = metrics.get("test", {}).get("metrics", {}).get("ndcg@10")
+    return {"created": manifest["created"], "items": manifest["items"], "ndcg@10": ndcg}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        app(arguments, standalone_mode=True)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except RayrecError as error:
+        print(f"rayrec: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("rayrec: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""An evaluation as a few lines of text. In: the body of `evaluate`. Out: lines for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLUMNS = {"metrics": "new item", "next": "any item", "purchase": "purchase"}
+
+
+def table_lines(result: dict[str, Any], oracle: dict[str, Any] | None = None) -> list[str]:
+    """Every ranker's NDCG@10 and HR@10 in each protocol; `oracle` is figures by protocol."""
+    rows = {"oracle": oracle} if oracle else {}
+    rows["model"] = result
+    rows |= {name: {"metrics": floor, **floor} for name, floor in result["floors"].items()}
+    lines = [f"{result['users']} test users, {result['items']} items; NDCG@10 (HR@10) of the next"]
+    lines.append(f"{'':<10}" + "".join(f"{title:>18}" for title in COLUMNS.values()))
+    for name, body in rows.items():
+        cells = [_cell((body or {}).get(protocol, {})) for protocol in COLUMNS]
+        lines.append(f"{name:<10}" + "".join(f"{cell:>18}" for cell in cells))
+    return lines
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    if figures.get("ndcg@10") is None:
+        return "-"
+    return f"{figures['ndcg@10']:.4f} ({figures['hr@10']:.4f})"

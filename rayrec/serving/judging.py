@@ -1,0 +1,65 @@
+"""Judge what would be served: a bundle's own scorer before the judge, its figures kept in the bundle.
+
+In: a bundle and a dataset. Out: the body of `rayrec evaluate --json`, `metrics.json` and a report.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rayrec.bundle import Bundle, add_file
+from rayrec.cluster import connect
+from rayrec.data.dataset import Dataset
+from rayrec.errors import DataError
+from rayrec.evaluation import evaluate
+from rayrec.evaluation.replay import Split
+from rayrec.evaluation.report import write_report
+from rayrec.progress import timed
+from rayrec.serving.scorer import scorer_maker
+
+SCORES_AT_ONCE = 20_000_000
+"""Scores that a worker holds at a time; with what is derived from them about a gigabyte."""
+
+
+def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None = None) -> dict[str, Any]:
+    """Evaluate a bundle on a split, over the Ray cluster; keep the figures in its metrics.json and report.html.
+
+    Raises DataError if the bundle was trained on other items than the dataset holds.
+    """
+    bundle, dataset = Bundle.open(bundle_path), Dataset.open(dataset_path)
+    n_items = len(bundle.catalogue)
+    if not bundle.catalogue.table["item_id"].equals(dataset.catalogue().table["item_id"]):
+        raise DataError(
+            f"{bundle.path} was trained on other items than {dataset.path} holds ({n_items} items in the bundle); "
+            "evaluate it on the dataset it was trained on, or train again"
+        )
+    connect()
+    batch = max(1, min(256, SCORES_AT_ONCE // (n_items + 1)))
+    with timed(f"evaluate: {split} split, full ranking over {n_items} items"):
+        result = evaluate(
+            scorer_maker(str(bundle.path)), dataset, split, max_len=bundle.config.model.max_len, batch=batch
+        )
+    _keep(bundle, split, result, {"dataset": dataset.manifest.get("counts", {}), "bundle": _facts(bundle)}, report)
+    return result
+
+
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    return {"version": bundle.version, "preset": bundle.config.preset, **bundle.config.model.model_dump()}
+
+
+def _keep(bundle: Bundle, split: str, result: dict[str, Any], facts: dict[str, Any], report: Path | None) -> None:
+    metrics = {**bundle.json("metrics.json"), split: result}
+    bundle = add_file(bundle, "metrics.json", lambda path: _write_json(path, metrics))
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        write_report(result, page, facts)
+        add_file(bundle, "report.html", lambda path: path.write_bytes(page.read_bytes()))
+        if report is not None:
+            write_report(result, report, facts)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
