@@ -246,7 +246,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    sealed = {**manifest, "seal": _seal(manifest)}
+    as_read = json.loads(json.dumps(manifest))  # keys that are numbers become text, which changes their order
+    sealed = {**manifest, "seal": _seal(as_read)}
     write_atomically(folder / "manifest.json", json.dumps(sealed, indent=1).encode())
 
 

@@ -9,10 +9,10 @@ import datetime as dt
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from rayrec.errors import UsageError
 from rayrec.schema import ENGAGEMENTS
@@ -23,7 +23,14 @@ C = TypeVar("C", bound="Settings")
 class Settings(BaseModel):
     """A frozen group of settings; an unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("must be a number")
+        return value
 
 
 # ---------------------------------------------------------------- prepare
@@ -274,13 +281,18 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any, setting: str) ->
     for depth, name in enumerate(path):
         if not isinstance(node, dict) or (name not in node and "scenes" not in path[:depth]):
             known = sorted(node) if isinstance(node, dict) else []
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(known)}" if known else ""
-            raise UsageError(f"--set {setting}: there is no setting '{'.'.join(path[: depth + 1])}'{hint}")
+            raise UsageError(
+                f"--set {setting}: there is no setting '{'.'.join(path[: depth + 1])}'{_nearest(name, known)}"
+            )
         if depth == len(path) - 1:
             node[name] = value
         else:
             node = node.setdefault(name, {}) if isinstance(node, dict) else node[name]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(known)}" if known else ""
 
 
 def _validated(kind: type[C], tree: dict[str, Any]) -> C:
@@ -289,4 +301,16 @@ def _validated(kind: type[C], tree: dict[str, Any]) -> C:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"setting {where}: {first['msg']} (got {first['input']!r})") from None
+        if first["type"] == "extra_forbidden":
+            known = sorted(_names(kind, first["loc"][:-1]))
+            raise UsageError(f"there is no setting '{where}'{_nearest(str(first['loc'][-1]), known)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"setting {where}: {message} (got {first['input']!r})") from None
+
+
+def _names(kind: Any, path: Sequence[int | str]) -> Iterable[str]:
+    """The settings of the group at `path` below `kind`; a name in a dictionary of groups is any name."""
+    for name in path:
+        is_group = isinstance(kind, type) and issubclass(kind, Settings)
+        kind = kind.model_fields[str(name)].annotation if is_group else get_args(kind)[-1]
+    return kind.model_fields

@@ -1,0 +1,126 @@
+"""Settings: presets, `--set`, and what a mistaken one is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from rayrec.config import (
+    DEFAULT_SCENES,
+    PRESETS,
+    Config,
+    PrepareConfig,
+    ServeConfig,
+    Settings,
+    from_dict,
+    preset,
+    with_settings,
+)
+from rayrec.errors import UsageError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_being_saved(name: str) -> None:
+    config = preset(name)
+    assert config.preset == name
+    assert from_dict(Config, json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize("kind", [PrepareConfig, Config, ServeConfig])
+def test_defaults_survive_being_saved(kind: type[Settings]) -> None:
+    assert from_dict(kind, json.loads(kind().model_dump_json())) == kind()
+    assert from_dict(kind, {}) == kind()
+
+
+def test_paper_is_the_founding_model_to_the_letter() -> None:
+    paper = preset("paper")
+    assert (paper.model.kind, paper.model.image_size, paper.model.max_len) == ("paper", 128, 50)
+    assert (paper.train.epochs, paper.train.batch_size) == (10, 32)
+
+
+def test_an_unknown_preset_names_the_others() -> None:
+    with pytest.raises(UsageError, match="unknown preset 'big': choose one of small, base, paper"):
+        preset("big")
+
+
+def test_settings_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError):
+        Config().train.epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("config", "setting", "read", "expected"),
+    [
+        (Config(), "train.epochs=3", lambda c: c.train.epochs, 3),
+        (Config(), " train.epochs = 3 ", lambda c: c.train.epochs, 3),
+        (Config(), "train.lr=1e-4", lambda c: c.train.lr, 1e-4),  # to YAML 1.1 this is text
+        (Config(), "model.use_image=false", lambda c: c.model.use_image, False),
+        (Config(), "model.cnn_channels=[8, 16]", lambda c: c.model.cnn_channels, (8, 16)),
+        (Config(), "train.tracker=[]", lambda c: c.train.tracker, ()),
+        (PrepareConfig(), "sequences.actions=[view,cart]", lambda c: c.sequences.actions, ("view", "cart")),
+        (PrepareConfig(), "clean.after=2017-11-25", lambda c: c.clean.after, "2017-11-25"),
+        (PrepareConfig(), "split=time:0.1", lambda c: c.split, "time:0.1"),
+        (PrepareConfig(), "brand.constant=a=b", lambda c: c.brand.constant, "a=b"),
+        (ServeConfig(), "scenes.home.hide_seen=true", lambda c: c.scenes["home"].hide_seen, True),
+        (ServeConfig(), "scenes.home.heads.purchase=2", lambda c: c.scenes["home"].heads["purchase"], 2.0),
+        (ServeConfig(), "scenes.gift.sources=[new]", lambda c: c.scenes["gift"].sources, ("new",)),
+    ],
+)
+def test_set(config: Settings, setting: str, read: Any, expected: object) -> None:
+    assert read(with_settings(config, [setting])) == expected
+
+
+def test_set_leaves_everything_else_as_it_was() -> None:
+    changed = with_settings(preset("base"), ["train.epochs=3", "train.seed=7"])
+    expected = preset("base").model_dump()
+    expected["train"] |= {"epochs": 3, "seed": 7}
+    assert changed.model_dump() == expected
+    assert preset("base").train.epochs == 30
+    assert ServeConfig().scenes == DEFAULT_SCENES
+
+
+def test_the_last_of_two_wins() -> None:
+    assert with_settings(Config(), ["train.epochs=3", "train.epochs=4"]).train.epochs == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "setting", "message"),
+    [
+        (Config(), "train.epoch=3", "no setting 'train.epoch'; did you mean 'epochs'?"),
+        (Config(), "tran.epochs=3", "no setting 'tran'; did you mean 'train'?"),
+        (Config(), "zzz=3", "no setting 'zzz'; known here: model, preset, train"),
+        (Config(), "train.epochs.more=3", "no setting 'train.epochs.more'"),
+        (Config(), "train.=3", "no setting 'train.'"),
+        (ServeConfig(), "scenes.home.hide_sen=true", "no setting 'scenes.home.hide_sen'; did you mean 'hide_seen'?"),
+        (ServeConfig(), "scenes.gift.sorces=[new]", "no setting 'scenes.gift.sorces'; did you mean 'sources'?"),
+        (Config(), "train.epochs", "write it as path=value"),
+        (Config(), "train.epochs=[1", "cannot read the value"),
+        (Config(), "train.epochs=many", "setting train.epochs:"),
+        (Config(), "train.epochs=2.5", "setting train.epochs:"),
+        (Config(), "train.epochs=0", "greater than or equal to 1"),
+        (Config(), "train.epochs=yes", "setting train.epochs: must be a number (got True)"),
+        (Config(), "train.lr=.nan", "setting train.lr:"),
+        (Config(), "train.lr=.inf", "setting train.lr:"),
+        (Config(), "train.lr=", "setting train.lr:"),
+        (Config(), "train=3", "setting train:"),
+        (Config(), "model.use_image=3", "setting model.use_image:"),
+        (Config(), "model.kind=transformer", "'paper' or 'fusion'"),
+        (PrepareConfig(), "split=half", "setting split: must be 'loo' or 'time:<fraction>'"),
+        (PrepareConfig(), "split=time:0.95", "setting split: must be"),
+        (PrepareConfig(), "images.size=4", "greater than or equal to 8"),
+    ],
+)
+def test_a_mistaken_setting_is_told_what_is_wrong(config: Settings, setting: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        with_settings(config, [setting])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_an_unknown_name_in_a_saved_config_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"no setting 'train\.epoch'; did you mean 'epochs'"):
+        from_dict(Config, {"train": {"epoch": 3}})
