@@ -14,8 +14,9 @@ from rayrec.schema import ACTION_CODE
 
 HEADS = ("next", "purchase")
 TOUCHES = ("view", "click", "cart", "favorite", "purchase")
-HISTORY_DECAY = 0.9
-N_FEATURES = 15 + len(TOUCHES)
+DECAYS = (0.9, 0.5)
+"""How fast the past fades, an event back, in what a visitor is thought to like: taste, and the mood of the moment."""
+N_FEATURES = 12 + 4 * len(DECAYS) + len(TOUCHES)
 
 
 class Fusion(nn.Module):
@@ -76,8 +77,6 @@ class Fusion(nn.Module):
         """[B, C, F] float32: how the candidate fits the visitor, each number at about unit scale."""
         real_BL = history.item_BL > 0
         steps_back_BL = (history.length_B[:, None] - 1 - torch.arange(real_BL.shape[1], device=real_BL.device)).clamp(0)
-        weight_BL = HISTORY_DECAY**steps_back_BL * real_BL
-        weight_BL = weight_BL / weight_BL.sum(1, keepdim=True).clamp(min=1e-6)
 
         match_BCL = (candidate_BC[:, :, None] == history.item_BL[:, None, :]) & real_BL[:, None, :]
         recency_BC = (match_BCL / (1.0 + steps_back_BL[:, None, :])).amax(2)
@@ -90,8 +89,6 @@ class Fusion(nn.Module):
         attention_BCL = attention_BCL.masked_fill(~real_BL[:, None, :], -1e4).softmax(2) * real_BL[:, None, :]
         attended_BC = ((attention_BCL @ past_BLD) * vector_BCD).sum(2)
 
-        price_BC = items.price_scaled_N[candidate_BC]
-        usual_B1 = (items.price_scaled_N[history.item_BL] * weight_BL).sum(1, keepdim=True)
         columns = [
             dot_BC,
             torch.log1p(follow_BC2[..., 0]),
@@ -100,16 +97,20 @@ class Fusion(nn.Module):
             (count_BC > 0).float(),
             recency_BC,
             torch.log1p(count_BC),
-            _affinity(items.category_NK, candidate_BC, history.item_BL, weight_BL),
-            _affinity(items.brand_N[:, None], candidate_BC, history.item_BL, weight_BL),
-            (price_BC - usual_B1).abs(),
-            price_BC,
+            items.price_scaled_N[candidate_BC],
             _cosine(vector_BCD, last_BD[:, None]),
             attended_BC,
             (~items.warm_N[candidate_BC]).float(),
             torch.log1p(history.length_B.float())[:, None].expand_as(dot_BC) / 4,
             *touched,
         ]
+        for decay in DECAYS:
+            weight_BL = decay**steps_back_BL * real_BL
+            weight_BL = weight_BL / weight_BL.sum(1, keepdim=True).clamp(min=1e-6)
+            usual_price_B = (items.price_scaled_N[history.item_BL] * weight_BL).sum(1)
+            columns.append((items.price_scaled_N[candidate_BC] - usual_price_B[:, None]).abs())
+            for code_NK in (items.category_NK, items.brand_N[:, None], items.title_NK):
+                columns.append(_affinity(code_NK, candidate_BC, history.item_BL, weight_BL))
         return torch.stack([column.float() for column in columns], -1)
 
 

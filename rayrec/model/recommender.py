@@ -110,6 +110,14 @@ class Recommender(nn.Module):
         next_loss = listwise(logit_BCH[..., 0], batch.target_B, torch.ones_like(logit_BCH[:, 0, 0]))
         return next_loss + listwise(logit_BCH[..., 1], batch.target_B, batch.purchase_B.float())
 
+    def train(self, mode: bool = True) -> Recommender:
+        """As every module's; once the vectors are frozen the first stage stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self.vector_ND is not None:
+            self.item_encoder.eval()
+            self.behaviour.eval()
+        return self
+
     def refresh(self) -> None:
         """Bring what is cached between steps (picture vectors) up to date with the weights."""
         self.item_encoder.refresh_images(self.items)
