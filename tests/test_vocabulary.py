@@ -41,6 +41,9 @@ def test_a_vocabulary_is_hashed_only_above_the_limit() -> None:
     hashed = build_vocabulary(words, 2, 64)
     assert hashed.hashed
     assert len(hashed) == 64
+    assert len(set(hashed.words)) == 64  # so that weights can be moved by name
+    assert not set(hashed.words[1:]) & set(Vocabulary.of_hashes(32).words)
+    assert Vocabulary(list(hashed.words)) == hashed
 
 
 def test_hashed_codes_are_those_of_the_words() -> None:

@@ -223,7 +223,7 @@ class BuiltItems:
     """The finished items.
 
     table    ITEM_SCHEMA, sorted by item_index
-    vocab    {"categories": [...], "brands": [...]}: the word of each code; all "" where codes are hashes
+    vocab    {"categories": [...], "brands": [...]}: the word of each code (Vocabulary.words)
     encoder  for items that come later
     repairs  {what: n}; no zeros
     """

@@ -33,15 +33,20 @@ _IS_CJK = re.compile(rf"[{_CJK}]")
 class Vocabulary:
     """The word of each code; code 0 is the unknown, "".
 
-    A hashed vocabulary knows only how many codes it has: all its words are "".
+    In a hashed vocabulary each code has a name in place of a word, the same in every one of its size.
     """
 
     words: list[str]
 
+    @classmethod
+    def of_hashes(cls, buckets: int) -> Vocabulary:
+        """A vocabulary of `buckets` codes, the unknown one included."""
+        return cls([UNKNOWN, *(_bucket_name(code, buckets) for code in range(1, buckets))])
+
     @property
     def hashed(self) -> bool:
         """Whether codes are hashes of words rather than places in a list."""
-        return len(self.words) > 1 and self.words[1] == UNKNOWN
+        return len(self.words) > 1 and self.words[1] == _bucket_name(1, len(self.words))
 
     def __len__(self) -> int:
         """The number of codes, the unknown one included."""
@@ -66,9 +71,14 @@ def build_vocabulary(words: pa.Array, hash_above: int, hash_buckets: int) -> Voc
     counts = pa.table({"word": words}).group_by("word").aggregate([([], "count_all")])
     counts = counts.filter(pc.not_equal(counts["word"], UNKNOWN))
     if len(counts) > hash_above:
-        return Vocabulary([UNKNOWN] * hash_buckets)
+        return Vocabulary.of_hashes(hash_buckets)
     counts = counts.sort_by([("count_all", "descending"), ("word", "ascending")])
     return Vocabulary([UNKNOWN, *counts["word"].to_pylist()])
+
+
+def _bucket_name(code: int, buckets: int) -> str:
+    """Begins with a space, as no word of a trimmed column does."""
+    return f" #{code} of {buckets}"
 
 
 def hash_code(word: str, buckets: int) -> int:
