@@ -60,7 +60,7 @@ class FakeScorer:
         number = np.array([0] + [int(item_id.split("-")[1]) for item_id in self.catalogue.ids[1:]], np.float32)
         self.charm_N = (1.0 / (2.0 + number)).astype(np.float32)
         follows = [m for m in range(1, n) if style[m - 1] == style[m]]
-        self.cooccurrence = sp.csr_matrix(
+        self.cooccurrence = sp.csr_array(
             (np.ones(len(follows), np.float32), (follows, [m + 1 for m in follows])), shape=(n + 1, n + 1)
         )
         self.broken: str | None = None

@@ -150,6 +150,12 @@ def test_an_unknown_source_is_refused_at_the_start(scorer: FakeScorer) -> None:
         Ranker(scorer, ServeConfig(scenes={"home": SceneConfig(sources=("model", "magic"))}))
 
 
+@pytest.mark.parametrize("heads", [{}, {"next": 0.0}, {"next": 1.0, "purchase": -0.5}])
+def test_heads_need_weights(scorer: FakeScorer, heads: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="weights of its heads"):
+        Ranker(scorer, ServeConfig(scenes={"home": SceneConfig(heads=heads)}))
+
+
 def test_an_empty_catalogue_gives_an_empty_list(state: State) -> None:
     ranker = Ranker(FakeScorer(catalogue(per_style=0)), PLAIN)
     assert ids(ranker.recommend([Request("u")], state)[0]) == []

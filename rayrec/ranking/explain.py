@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrec.catalogue import Catalogue
-from rayrec.ranking.retrieval import Ints, Retriever
+from rayrec.ranking.retrieval import Floats, Ints, Retriever
 
 
 class Explainer:
@@ -21,36 +21,37 @@ class Explainer:
         self._titles, self._ids = catalogue.table["title"], catalogue.ids
         self._retriever = retriever
 
-    def reasons(self, item: int, sources: Sequence[str], recent: Ints, anchors: Ints) -> list[str]:
-        """Reasons for showing `item` (an index): the strongest first, never empty if `sources` is not."""
-        found: list[str] = []
-        near = self._nearest(item, anchors if "related" in sources else recent)
-        if follows := self._followed(item, anchors if "related" in sources else recent):
-            found.append(f"Often follows {self._name(follows)}")
-        if "related" in sources and near:
-            found.append(f"Similar to {self._name(near)}")
-        if "model" in sources and "related" not in sources:
-            found.append(f"Fits your interest in {self._name(near)}" if near else "Fits what you looked at")
-        if "new" in sources:
-            found.append("New in the shop")
-        if "popular" in sources:
-            found.append("Popular with other visitors")
-        return list(dict.fromkeys(found))[:2]
+    def reasons(self, items: Ints, sources: Sequence[Sequence[str]], recent: Ints, anchors: Ints) -> list[list[str]]:
+        """Up to two reasons for each of one list's `items` (indices), the strongest first."""
+        past, follows_PK, cosine_PK = self._against(items, recent)
+        page, page_follows_PK, page_cosine_PK = self._against(items, anchors)
+        found = []
+        for k, names in enumerate(sources):
+            if "related" in names:
+                reasons = self._of(page, page_follows_PK[:, k], page_cosine_PK[:, k], "Similar to {}")
+            elif {"model", "cooccurrence"} & set(names):
+                reasons = self._of(past, follows_PK[:, k], cosine_PK[:, k], "Fits your interest in {}")
+            else:
+                reasons = []
+            reasons += ["New in the shop"] * ("new" in names)
+            reasons += ["Popular with other visitors"] * ("popular" in names)
+            found.append(reasons[:2])
+        return found
 
-    def _followed(self, item: int, earlier: Ints) -> int:
-        """The one of `earlier` that `item` follows most often; 0 for none."""
-        if not len(earlier):
-            return 0
-        weights = self._retriever.cooccurrence[earlier, item].toarray().ravel()
-        return int(earlier[np.argmax(weights)]) if weights.max() > 0 else 0
-
-    def _nearest(self, item: int, earlier: Ints) -> int:
-        """The one of `earlier` nearest to `item` by vector, other than itself; 0 for none."""
-        others = earlier[earlier != item]
-        if not len(others):
-            return 0
+    def _against(self, items: Ints, earlier: Ints) -> tuple[Ints, Floats, Floats]:
+        """How strongly each of K items follows each of P earlier ones, and how near they are; itself is not near."""
+        follows_PK = self._retriever.cooccurrence[earlier][:, items].toarray()
         unit_ND = self._retriever.unit_ND
-        return int(others[np.argmax(unit_ND[others] @ unit_ND[item])])
+        cosine_PK = unit_ND[earlier] @ unit_ND[items].T
+        return earlier, follows_PK, np.where(earlier[:, None] == items, -np.inf, cosine_PK)
+
+    def _of(self, earlier: Ints, follows_P: Floats, cosine_P: Floats, near: str) -> list[str]:
+        reasons = []
+        if follows_P.max(initial=0) > 0:
+            reasons.append(f"Often follows {self._name(earlier[np.argmax(follows_P)])}")
+        if cosine_P.max(initial=-np.inf) > 0:
+            reasons.append(near.format(self._name(earlier[np.argmax(cosine_P)])))
+        return reasons
 
     def _name(self, item: int) -> str:
         return str(self._titles[item - 1].as_py() or self._ids[item])

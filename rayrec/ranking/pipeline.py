@@ -137,6 +137,8 @@ class Ranker:
                 raise UsageError(
                     f"scene '{name}': unknown source '{min(unknown)}'; there are {', '.join(sorted(SOURCES))}"
                 )
+            if min(scene.heads.values(), default=0) < 0 or not sum(scene.heads.values()) > 0:
+                raise UsageError(f"scene '{name}': the weights of its heads must be 0 or more, and not all 0")
         self.scorer, self.config, self.model = scorer, config, model
         self.catalogue = scorer.catalogue
         self.retriever = Retriever(scorer.catalogue, scorer.vectors_ND, scorer.cooccurrence)
@@ -311,24 +313,24 @@ class Ranker:
 
         shown = []
         for b, request in enumerate(requests):
-            first = first_BK[b, : min(request.k, size_B[b])]
-            pool = np.concatenate([first, np.setdiff1d(np.arange(size_B[b]), first)])
-            places, propensity = explore(pool, request.k, _or(request.explore, self.config.explore), self._rng)
+            places, rate = first_BK[b, : min(request.k, size_B[b])], _or(request.explore, self.config.explore)
+            if rate > 0:
+                places = np.concatenate([places, np.setdiff1d(np.arange(size_B[b]), places)])
+            places, propensity = explore(places, request.k, rate, self._rng)
             shown.append((order_BM[b, places], propensity))
         return shown
 
     def _describe(
         self, request: Request, asked: Asked, b: int, found: Candidates, score_C: Floats, shown: tuple[Ints, Doubles]
     ) -> list[Ranked]:
-        ranked = []
-        for place, propensity in zip(*shown, strict=True):
-            item, sources = int(found.item_C[place]), found.names(int(found.source_C[place]))
-            reasons = []
-            if request.reasons:
-                reasons = self._explainer.reasons(item, sources, asked.recent[b], asked.anchors[b])
-            score = float(np.nan_to_num(score_C[place]))
-            ranked.append(Ranked(str(self.catalogue.ids[item]), score, float(propensity), sources, reasons))
-        return ranked
+        places, propensities = shown
+        items = found.item_C[places]
+        sources = [found.names(bits) for bits in found.source_C[places].tolist()]
+        reasons: list[list[str]] = [[] for _ in places]
+        if request.reasons:
+            reasons = self._explainer.reasons(items, sources, asked.recent[b], asked.anchors[b])
+        ids, scores = self.catalogue.ids[items].tolist(), np.nan_to_num(score_C[places]).tolist()
+        return [Ranked(*facts) for facts in zip(ids, scores, propensities.tolist(), sources, reasons, strict=True)]
 
     def _log_shown(self, requests: Sequence[Request], answers: Sequence[Answer], state: State) -> None:
         """Keep what is shown, but for requests that want nothing kept."""

@@ -118,6 +118,8 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
             "downscale_delay_s": scale.downscale_delay_s,
         },
         max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
         ray_actor_options={"num_cpus": config.replica_cpus},
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # paths hold user ids

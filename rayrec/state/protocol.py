@@ -145,7 +145,7 @@ class State(Protocol):
         """A shared value, None if it was never set."""
 
     def changes(self, since: int, limit: int = 1000) -> list[Change]:
-        """Entries of the change feed after `since`, oldest first."""
+        """Entries of the change feed after `since`, oldest first. Only the newest hundred thousand are kept."""
 
     def beat(self, replica_id: str, model: str) -> None:
         """Say that a replica is alive and which model it serves."""
@@ -154,7 +154,7 @@ class State(Protocol):
         """Say that a replica stops."""
 
     def replicas(self, within_ms: int) -> list[Replica]:
-        """Replicas that reported themselves within the last `within_ms`."""
+        """Replicas that reported themselves within the last `within_ms`, at most a minute."""
 
     def counts(self) -> dict[str, int]:
         """How many events, lists shown and erasures are held: `events`, `shown`, `erased`."""

@@ -41,6 +41,8 @@ from rayrec.state.protocol import (
 
 VERSION = 1
 BUSY_TIMEOUT_S = 10.0
+FORGET_REPLICA_MS = 60_000  # replicas that were killed leave their row behind
+KEEP_CHANGES = 100_000  # replicas ask every second: none is so far behind
 
 
 def _one_of(words: Sequence[str]) -> str:
@@ -253,6 +255,7 @@ class SqliteState:
         """See `protocol.State`."""
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO replicas VALUES (?, ?, ?)", (replica_id, model, _now_ms()))
+            db.execute("DELETE FROM replicas WHERE beat_ms < ?", (_now_ms() - FORGET_REPLICA_MS,))
 
     def leave(self, replica_id: str) -> None:
         """See `protocol.State`."""
@@ -370,7 +373,8 @@ def _shown(row: tuple[Any, ...]) -> Shown:
 
 
 def _announce(db: sqlite3.Connection, kind: str, key: str) -> None:
-    db.execute("INSERT INTO changes (kind, key, time_ms) VALUES (?, ?, ?)", (kind, key, _now_ms()))
+    row = db.execute("INSERT INTO changes (kind, key, time_ms) VALUES (?, ?, ?)", (kind, key, _now_ms()))
+    db.execute("DELETE FROM changes WHERE seq <= ?", ((row.lastrowid or 0) - KEEP_CHANGES,))
 
 
 def _now_ms() -> int:
