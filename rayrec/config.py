@@ -141,7 +141,7 @@ class ModelConfig(Settings):
     use_image: bool = True
     use_attributes: bool = True
     fusion_width: int = Field(64, ge=4, description="hidden width of the fusion MLP")
-    candidates: int = Field(200, ge=10, description="items of each source that the fusion re-orders")
+    candidates: int = Field(120, ge=10, description="items of each source that the fusion re-orders")
 
 
 class TrainConfig(Settings):
@@ -157,7 +157,8 @@ class TrainConfig(Settings):
     image_budget: int = Field(48, ge=0, description="distinct images encoded with gradient a step")
     negatives: int = Field(0, ge=0, description="sampled negatives; 0 is the full softmax (paper: 4 if 0)")
     full_softmax_below: int = Field(50_000, ge=1, description="above this many items negatives are sampled")
-    fusion_epochs: int = Field(4, ge=0)
+    fusion_epochs: int = Field(6, ge=0)
+    fusion_batch_size: int = Field(48, ge=1, description="lists a step and worker")
     fusion_holdout: float = Field(0.3, gt=0, lt=1, description="share of users whose last events teach the fusion")
     max_samples: int = Field(0, ge=0, description="training samples an epoch; 0 is all")
     workers: int = Field(1, ge=1)

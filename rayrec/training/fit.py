@@ -111,10 +111,14 @@ class Fit:
             collate = NextItemCollate(
                 self.model.config.model.max_len, self.dataset.clock, self.peers.device, self.peers.device.type == "cuda"
             )
-            self._stage("retrieval", train.epochs, saved, lambda rows, rng: map(collate, self._batches(rows, rng)))
+            self._stage(
+                "retrieval", train.epochs, saved, lambda rows, rng: map(collate, self._batches("retrieval", rows, rng))
+            )
             self.model.vector_ND = self.model.encode_items()
             lists = ListCollate(self._scorer(), self.peers.device)
-            self._stage("fusion", train.fusion_epochs, saved, lambda rows, rng: map(lists, self._batches(rows, rng)))
+            self._stage(
+                "fusion", train.fusion_epochs, saved, lambda rows, rng: map(lists, self._batches("fusion", rows, rng))
+            )
             calibrate(
                 self.model, self._scorer(), self.feed.chunks("fusion", np.random.default_rng(train.seed)), train.seed
             )
@@ -154,8 +158,8 @@ class Fit:
             self._report(stats, metrics, learner, stopper, best)
         self.model.load_state_dict(best)
 
-    def _batches(self, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[pa.Table]:
-        return minibatches(chunks, self.job.config.train.batch_size, rng)
+    def _batches(self, stage: str, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[pa.Table]:
+        return minibatches(chunks, self._batch_size(stage), rng)
 
     def _pairs(self, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[Any]:
         config = self.job.config
@@ -171,7 +175,11 @@ class Fit:
         samples = self.job.rows[stage] // self.peers.world
         if train.max_samples:
             samples = min(samples, -(-train.max_samples // self.peers.world))
-        return max(1, -(-samples // train.batch_size))
+        return max(1, -(-samples // self._batch_size(stage)))
+
+    def _batch_size(self, stage: str) -> int:
+        train = self.job.config.train
+        return train.fusion_batch_size if stage == "fusion" else train.batch_size
 
     def _scorer(self, fused: bool = True) -> Scorer:
         vector_ND = self.model.encode_items().cpu().numpy()
