@@ -60,7 +60,7 @@ def top(scores_BN: Scores, k: int) -> Ints:
     item_BK = np.zeros((len(scores_BN), k), np.int64)
     if not found:
         return item_BK
-    best_BF = np.argpartition(-scores_BN, found - 1, axis=1)[:, :found]
+    best_BF = np.argpartition(scores_BN, -found, axis=1)[:, -found:]
     score_BF = np.take_along_axis(scores_BN, best_BF, axis=1)
     order_BF = np.lexsort((best_BF, -score_BF), axis=1)
     score_BF = np.take_along_axis(score_BF, order_BF, axis=1)
@@ -71,8 +71,9 @@ def top(scores_BN: Scores, k: int) -> Ints:
 
 def nan_is_worst(scores: Scores) -> Scores:
     """The scores with -inf in place of NaN; the same array if there is none."""
-    missing = np.isnan(scores)
-    return np.where(missing, scores.dtype.type(-np.inf), scores) if missing.any() else scores
+    if not np.isnan(scores.min(initial=0)):  # min hands on any NaN: no mask is made where there is none
+        return scores
+    return np.where(np.isnan(scores), scores.dtype.type(-np.inf), scores)
 
 
 # ---------------------------------------------------------------- figures of ranks

@@ -45,12 +45,13 @@ def replay_in_shards(dataset: Dataset, makers: Makers, settings: ReplaySettings)
     actors = max(int(resources().get("CPU", 1)), 1)
     fs, root = filesystem(dataset.path)
     held = ray.put(makers)  # once in the object store, however many actors read it
-    answers = ray.data.read_parquet(f"{root}/sequences", filesystem=fs, override_num_blocks=2 * actors).map_batches(
+    sequences = ray.data.read_parquet(f"{root}/sequences", filesystem=fs)
+    # One block a call, each small: a whole file in one block would keep all actors but one idle.
+    answers = sequences.repartition(target_num_rows_per_block=BATCHES_AT_ONCE * settings.batch).map_batches(
         Replayer,
         fn_constructor_args=(held, settings),
         batch_format="pyarrow",
-        batch_size=BATCHES_AT_ONCE * settings.batch,
-        zero_copy_batch=True,
+        batch_size=None,
         num_cpus=ACTOR_CPUS,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
     )
