@@ -27,9 +27,10 @@ def calibrate(model: Recommender, scorer: Scorer, chunks: Iterable[pa.Table], se
     A head with fewer than MIN_ROWS rows of its own (no purchases, say) takes the numbers of "next".
     (Platt 1999, without his smoothing of the labels.)
     """
-    rows = pa.concat_tables(list(chunks))[:MAX_ROWS]
-    if not len(rows):
+    tables = list(chunks)
+    if not tables:
         return
+    rows = pa.concat_tables(tables)[:MAX_ROWS]
     rng = np.random.default_rng(seed)
     history = history_of(rows, scorer.max_len, scorer.clock)
     target_B1 = np.asarray(rows["target"], np.int64)[:, None]

@@ -29,7 +29,7 @@ from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.model.paper import PaperModel
 from rayrec.model.recommender import build
 from rayrec.model.scorer import Scorer
-from rayrec.training.batches import ListCollate, NextItemCollate, PairCollate, minibatches
+from rayrec.training.batches import PAPER_NEGATIVES, ListCollate, NextItemCollate, PairCollate, minibatches
 from rayrec.training.calibrate import calibrate
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, train_epoch
 from rayrec.training.warm_start import warm_start
@@ -111,14 +111,10 @@ class Fit:
             collate = NextItemCollate(
                 self.model.config.model.max_len, self.dataset.clock, self.peers.device, self.peers.device.type == "cuda"
             )
-            self._stage(
-                "retrieval", train.epochs, saved, lambda rows, rng: map(collate, self._batches("retrieval", rows, rng))
-            )
+            self._stage("retrieval", train.epochs, saved, self._rows_to(collate))
             self.model.vector_ND = self.model.encode_items()
             lists = ListCollate(self._scorer(), self.peers.device)
-            self._stage(
-                "fusion", train.fusion_epochs, saved, lambda rows, rng: map(lists, self._batches("fusion", rows, rng))
-            )
+            self._stage("fusion", train.fusion_epochs, saved, self._rows_to(lists))
             calibrate(
                 self.model, self._scorer(), self.feed.chunks("fusion", np.random.default_rng(train.seed)), train.seed
             )
@@ -158,8 +154,10 @@ class Fit:
             self._report(stats, metrics, learner, stopper, best)
         self.model.load_state_dict(best)
 
-    def _batches(self, stage: str, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[pa.Table]:
-        return minibatches(chunks, self._batch_size(stage), rng)
+    def _rows_to(self, collate: Callable[[pa.Table], Any]) -> Callable[[Iterator[pa.Table], Any], Iterator[Any]]:
+        """What turns a stage's chunks of rows into its batches."""
+        stage = "fusion" if isinstance(collate, ListCollate) else "retrieval"
+        return lambda chunks, rng: map(collate, minibatches(chunks, self._batch_size(stage), rng))
 
     def _pairs(self, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[Any]:
         config = self.job.config
@@ -173,6 +171,8 @@ class Fit:
         """Steps of an epoch: for the schedule and, with `max_samples`, the limit."""
         train = self.job.config.train
         samples = self.job.rows[stage] // self.peers.world
+        if stage == "pairs":
+            samples *= 1 + (train.negatives or PAPER_NEGATIVES)
         if train.max_samples:
             samples = min(samples, -(-train.max_samples // self.peers.world))
         return max(1, -(-samples // self._batch_size(stage)))
@@ -240,6 +240,8 @@ class Fit:
         saved: dict[str, Any] = json.loads((self.resume / "state.json").read_text())
         self.history = saved["history"]
         self.model.load_state_dict(load_file(self.resume / "model.safetensors"))
+        if saved["stage"] == "done":
+            return saved
         saved["best"] = {n: v.to(self.peers.device) for n, v in load_file(self.resume / "best.safetensors").items()}
         saved["learner"] = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
         return saved
@@ -247,7 +249,8 @@ class Fit:
     def _finish(self, folder: Path, vector_ND: np.ndarray) -> None:
         save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
         np.save(folder / "vectors.npy", vector_ND, allow_pickle=False)
-        (folder / "state.json").write_text(json.dumps({"stage": "done", "history": self.history}))
+        state = {"stage": "done", "finished": ["pairs", "retrieval", "fusion"], "history": self.history}
+        (folder / "state.json").write_text(json.dumps(state))
 
 
 def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class EpochStats:
 
     @property
     def samples_per_s(self) -> float:
-        """Training rows a second."""
+        """Training rows, or pairs of the paper's model, a second."""
         return self.samples / max(self.seconds, 1e-9)
 
 
@@ -108,7 +108,7 @@ def train_epoch(
     for batch, waited_s in timed(batches):
         wait_s += waited_s
         total_loss += learner.train_step(batch)
-        steps, samples = steps + 1, samples + len(batch.history.length_B)
+        steps, samples = steps + 1, samples + len(batch)
         on_step(steps, total_loss / steps)
     seconds = time.perf_counter() - started
     return EpochStats(stage, epoch, total_loss / max(1, steps), steps, samples, seconds, wait_s)

@@ -62,12 +62,13 @@ def train(
     catalogue = dataset.catalogue()
     _check_images(dataset, config)
     runs = Runs(bundles)
-    run = runs.unfinished(config) if resume else runs.begin(config)
+    unfinished = runs.unfinished(config) if resume else None
     connect()
     resources = worker_resources(config, wait_s)
-    step(f"train: preset {config.preset}, {config.train.workers} worker(s), {len(catalogue)} items, run {run}")
     facts = survey(dataset, len(catalogue), config)
     source = str(Bundle.open(start_from).path) if start_from else None
+    run = unfinished or runs.begin(config)  # only now: what cannot start must not take the place of what can go on
+    step(f"train: preset {config.preset}, {config.train.workers} worker(s), {len(catalogue)} items, run {run}")
     job = Job(config, dataset_path, facts.first_stage, facts.rows, source)
     board = Board.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(

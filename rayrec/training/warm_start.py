@@ -47,12 +47,10 @@ def warm_start(model: nn.Module, catalogue: Catalogue, vocab: Mapping[str, Seque
 def moved(old_RD: Tensor, old_names: Sequence[str], names: Sequence[str], fresh_RD: Tensor) -> Tensor:
     """`fresh_RD` with the row of each name that `old_names` has taken from `old_RD`; row 0 stays.
 
-    Codes beyond the words (a hashed vocabulary) keep their place.
+    Either tensor may end before its names do: a table has no rows for words that no item bears.
     """
     out_RD = fresh_RD.clone()
-    if not names or len(old_names) != len(old_RD):
-        return out_RD
-    place = {name: row for row, name in enumerate(old_names) if row}
+    place = {name: row for row, name in enumerate(old_names[: len(old_RD)]) if row}
     pairs = [(row, place[name]) for row, name in enumerate(names) if row and name in place and row < len(out_RD)]
     if pairs:
         row, source = torch.tensor(pairs).T
