@@ -13,6 +13,8 @@ import numpy as np
 from rayrec.catalogue import Catalogue
 from rayrec.ranking.retrieval import Floats, Ints, Retriever
 
+POPULAR_FROM = 0.9  # the tenth of the items with the most training events may be called popular
+
 
 class Explainer:
     """Writes reasons for items of one catalogue."""
@@ -20,13 +22,15 @@ class Explainer:
     def __init__(self, catalogue: Catalogue, retriever: Retriever) -> None:
         self._titles, self._ids = catalogue.table["title"], catalogue.ids
         self._retriever = retriever
+        enough = np.quantile(catalogue.n_train, POPULAR_FROM, method="lower")
+        self._popular_N = catalogue.n_train >= max(1, enough)
 
     def reasons(self, items: Ints, sources: Sequence[Sequence[str]], recent: Ints, anchors: Ints) -> list[list[str]]:
         """Up to two reasons for each of one list's `items` (indices), the strongest first."""
         past, follows_PK, cosine_PK = self._against(items, recent)
         page, page_follows_PK, page_cosine_PK = self._against(items, anchors)
         found = []
-        for k, names in enumerate(sources):
+        for k, (item, names) in enumerate(zip(items, sources, strict=True)):
             if "related" in names:
                 reasons = self._of(page, page_follows_PK[:, k], page_cosine_PK[:, k], "Similar to {}")
             elif {"model", "cooccurrence"} & set(names):
@@ -34,7 +38,7 @@ class Explainer:
             else:
                 reasons = []
             reasons += ["New in the shop"] * ("new" in names)
-            reasons += ["Popular with other visitors"] * ("popular" in names)
+            reasons += ["Popular with other visitors"] * bool(self._popular_N[item])
             found.append(reasons[:2])
         return found
 

@@ -117,8 +117,8 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
             "upscale_delay_s": scale.upscale_delay_s,
             "downscale_delay_s": scale.downscale_delay_s,
         },
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
+        # Above what the application lets wait: it is the one to refuse, with a problem.
+        max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         ray_actor_options={"num_cpus": config.replica_cpus},
         graceful_shutdown_timeout_s=5,
