@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
@@ -29,6 +31,7 @@ from rayrec import __version__
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config, from_dict
 from rayrec.errors import BundleError, UsageError
+from rayrec.files import download, filesystem, is_uri, read_text, upload, upload_file
 from rayrec.schema import BUNDLE_VERSION
 
 FORMAT = "rayrec-bundle"
@@ -42,14 +45,16 @@ class Bundle:
 
     path: Path
     manifest: dict[str, Any]
+    uri: str | None = None
+    """Where it was read from, if `path` is a copy of it."""
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """Open a version folder, or the current version of a BUNDLES folder, and check every hash.
+        """Open a version folder, or the current version of a BUNDLES folder, and check every hash; both may be URIs.
 
         Raises UsageError if there is nothing there, BundleError if it is incomplete, changed or of another version.
         """
-        folder = resolve(Path(path))
+        uri, folder = _local_copy(str(path)) if is_uri(path) else (None, resolve(Path(path)))
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
         except ValueError:
@@ -69,7 +74,7 @@ class Bundle:
                 raise BundleError(f"{folder}: {name} is missing; restore the bundle or train again")
             if sha256(file) != digest:
                 raise BundleError(f"{folder}: {name} was changed after it was written; restore it or train again")
-        return cls(folder, manifest)
+        return cls(folder, manifest, uri)
 
     @property
     def version(self) -> str:
@@ -124,8 +129,8 @@ class BundleWriter:
     def __init__(self, bundles: str | Path, version: str) -> None:
         if not _VERSION.fullmatch(version):
             raise UsageError(f"'{version}' cannot name a bundle: use letters, digits, dot, dash and underscore")
-        self.version, self.bundles = version, Path(bundles)
-        self.folder = self.bundles / version
+        self.version, self.uri = version, f"{str(bundles).rstrip('/')}/{version}" if is_uri(bundles) else None
+        self.folder = (Path(tempfile.mkdtemp(prefix="rayrec-")) if self.uri else Path(bundles)) / version
         if (self.folder / "manifest.json").exists():
             raise UsageError(f"{self.folder}: this version exists already")
 
@@ -139,7 +144,7 @@ class BundleWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, tb: object) -> None:
         if not (self.folder / "manifest.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder.parent if self.uri else self.folder, ignore_errors=True)
 
     def file(self, name: str) -> Path:
         """Where to write the file `name`; its folder exists."""
@@ -180,7 +185,9 @@ class BundleWriter:
             **facts,
         }
         _write_manifest(self.folder, manifest)
-        return Bundle(self.folder, manifest)
+        if self.uri:
+            upload(self.folder, self.uri, last="manifest.json")
+        return Bundle(self.folder, manifest, self.uri)
 
 
 def add_file(bundle: Bundle, name: str, write: Callable[[Path], object]) -> Bundle:
@@ -194,17 +201,48 @@ def add_file(bundle: Bundle, name: str, write: Callable[[Path], object]) -> Bund
         part.unlink(missing_ok=True)
     manifest = {**bundle.manifest, "files": {**bundle.manifest["files"], name: digest}}
     _write_manifest(bundle.path, manifest)
-    return Bundle(bundle.path, manifest)
+    if bundle.uri:
+        fs, root = filesystem(bundle.uri)
+        for changed in (name, "manifest.json"):
+            upload_file(bundle.path / changed, fs, f"{root}/{changed}")
+    return Bundle(bundle.path, manifest, bundle.uri)
 
 
 def publish(bundle: Bundle) -> None:
     """Make `bundle` the live version of its BUNDLES folder."""
-    write_atomically(bundle.path.parent / CURRENT, bundle.version.encode() + b"\n")
+    content = bundle.version.encode() + b"\n"
+    if bundle.uri:
+        fs, root = filesystem(bundle.uri.rpartition("/")[0])
+        with fs.open_output_stream(f"{root}/{CURRENT}") as stream:
+            stream.write(content)
+    else:
+        write_atomically(bundle.path.parent / CURRENT, content)
 
 
 def versions(bundles: str | Path) -> list[str]:
-    """Finished versions in a BUNDLES folder, by name."""
-    return sorted(path.parent.name for path in Path(bundles).glob("*/manifest.json"))
+    """Finished versions in a BUNDLES folder or URI, by name."""
+    fs, root = filesystem(str(bundles))
+    folders = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    manifests = fs.get_file_info([f"{folder.path}/manifest.json" for folder in folders])
+    return sorted(info.path.split("/")[-2] for info in manifests if info.type == pafs.FileType.File)
+
+
+def _local_copy(uri: str) -> tuple[str, Path]:
+    """The URI of the version that `uri` means, and a local copy of it. Raises as `resolve`."""
+    uri = uri.rstrip("/")
+    fs, root = filesystem(uri)
+    manifest = read_text(fs, f"{root}/manifest.json")
+    if manifest is not None:
+        return uri, download(uri, manifest)
+    version = (read_text(fs, f"{root}/{CURRENT}") or "").strip()
+    if not version:
+        raise UsageError(f"{uri}: no bundle there; make one with: rayrec train DATASET {uri}")
+    manifest = read_text(fs, f"{root}/{version}/manifest.json") if _VERSION.fullmatch(version) else None
+    if manifest is None:
+        raise BundleError(
+            f"{uri}/{CURRENT} names '{version}', which is not there; versions: {', '.join(versions(uri))}"
+        )
+    return f"{uri}/{version}", download(f"{uri}/{version}", manifest)
 
 
 def resolve(path: Path) -> Path:
@@ -228,7 +266,14 @@ def resolve(path: Path) -> Path:
 
 
 def default_state(path: str | Path) -> str:
-    """URL of the state of a bundle: a file beside it, in the BUNDLES folder, where every version finds it."""
+    """URL of the state of a bundle: a file beside it, in the BUNDLES folder, where every version finds it.
+
+    Raises UsageError for a bundle at a URI, which has no such place.
+    """
+    if is_uri(path):
+        raise UsageError(
+            f"{path}: this bundle is not on this machine, so say where state is kept: --state sqlite:///PATH"
+        )
     return f"sqlite:///{resolve(Path(path)).absolute().parent / 'state.db'}"
 
 

@@ -272,3 +272,29 @@ def test_the_catalogue_is_the_table_written(tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist([row], ITEM_SCHEMA), writer.file("items/items.parquet"))
         writer.commit(clock="order")
     assert Bundle.open(tmp_path / "v1").catalogue.index == {"007": 1}
+
+
+def test_a_bundle_at_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    uri = (tmp_path / "far").as_uri()
+    with BundleWriter(uri, "v1") as writer:
+        writer.json("config.json", preset("small").model_dump(mode="json"))
+        bundle = writer.commit(clock="time")
+    assert bundle.uri == f"{uri}/v1"
+    publish(bundle)
+    assert versions(uri) == ["v1"]
+    add_file(bundle, "report.html", lambda path: path.write_text("<p>"))
+    opened = Bundle.open(uri)
+    assert opened.uri == f"{uri}/v1"
+    assert (opened.path / "report.html").read_text() == "<p>"
+    (tmp_path / "far" / "v1" / "report.html").write_text("<p>changed</p>")
+    (tmp_path / "far" / "v1" / "manifest.json").touch()
+    assert Bundle.open(f"{uri}/v1").path == opened.path  # the copy of this content is kept
+
+
+def test_no_bundle_at_a_uri(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no bundle there"):
+        Bundle.open((tmp_path / "none").as_uri())
+    with pytest.raises(UsageError, match="cannot open this location"):
+        Bundle.open("gopher://host/bundles")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow.fs as pafs
 
 from rayrec.catalogue import Catalogue
 from rayrec.errors import DataError, UsageError
+from rayrec.files import filesystem
 from rayrec.schema import DATASET_VERSION, IMAGE_SCHEMA, SEQUENCE_SCHEMA
 
 FORMAT = "rayrec-dataset"
@@ -96,11 +96,12 @@ class Dataset:
                 row += 1
         return Images(table["item_index"].to_numpy().astype(np.int64), pixels)
 
-    def vocab(self, name: str) -> list[str]:
-        """`vocab/<name>.json`: the word of each code; code 0 is the unknown."""
+    def vocab(self, name: str) -> Any:
+        """`vocab/<name>.json`. "categories" and "brands": the word of each code, code 0 is the unknown. "encoder":
+        the settings with which prepare encoded items, to encode new ones alike (`items.AttributeEncoder`)."""
         fs, root = filesystem(self.path)
         with fs.open_input_stream(f"{root}/vocab/{name}.json") as stream:
-            return list(json.loads(stream.read()))
+            return json.loads(stream.read())
 
     def has(self, folder: str) -> bool:
         """Whether any file was written under `folder`."""
@@ -111,18 +112,3 @@ class Dataset:
         """All shards of one folder as a table."""
         fs, root = filesystem(self.path)
         return pads.dataset(f"{root}/{folder}", filesystem=fs, format="parquet").to_table()
-
-
-def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """The file system and the path within it, of a local path or a URI that pyarrow.fs reads.
-
-    Raises UsageError for a scheme it does not know.
-    """
-    try:
-        if "://" in path:
-            fs, root = pafs.FileSystem.from_uri(path)
-        else:
-            fs, root = pafs.LocalFileSystem(), str(Path(path).absolute())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UsageError(f"{path}: cannot open this location ({error})") from None
-    return fs, root

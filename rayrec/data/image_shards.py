@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from rayrec.config import ImageConfig
-from rayrec.data.dataset import filesystem
 from rayrec.data.images import ImageRejected, decode
 from rayrec.data.ledger import Ledger
 from rayrec.data.raw import Raw
 from rayrec.data.staging import Folder
 from rayrec.errors import UsageError
+from rayrec.files import filesystem
 from rayrec.history import Ints
 from rayrec.schema import IMAGE_SCHEMA, REJECT_SCHEMA
 

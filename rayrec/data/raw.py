@@ -20,10 +20,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
-from rayrec.data.dataset import filesystem
 from rayrec.data.readers import BLOCK_BYTES, WINDOW_BYTES, Piece, RawFile, open_text
 from rayrec.data.records import next_boundary
 from rayrec.errors import DataError, UsageError
+from rayrec.files import filesystem
 
 FORMATS = {
     ".csv": "csv", ".csv.gz": "csv", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".ndjson": "jsonl",

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from rayrec.data.dataset import FORMAT, filesystem
+from rayrec.data.dataset import FORMAT
 from rayrec.errors import ResourceError, UsageError
+from rayrec.files import filesystem
 
 WORK = "work"
 FOLDERS = (

@@ -13,9 +13,10 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from rayrec.data.dataset import Dataset, filesystem
+from rayrec.data.dataset import Dataset
 from rayrec.evaluation.floors import Ranker
 from rayrec.evaluation.replay import ANSWER_SCHEMA, ReplaySettings, replay
+from rayrec.files import filesystem
 from rayrec.progress import Task
 
 Makers: TypeAlias = dict[str, Callable[[], Ranker]]

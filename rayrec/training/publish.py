@@ -53,7 +53,7 @@ def write_bundle(
         writer.array("vectors.npy", np.load(checkpoint / "vectors.npy", allow_pickle=False).astype(np.float32))
         writer.matrix("cooccurrence", strongest(followers.astype(np.float32), FOLLOWERS_KEPT))
         pq.write_table(catalogue.table, writer.file("items/items.parquet"))
-        for name in ("categories", "brands"):
+        for name in ("categories", "brands", "encoder"):
             writer.json(f"vocab/{name}.json", dataset.vocab(name))
         pa.feather.write_feather(thumbnails(dataset.images()), writer.file("images/thumbnails.arrow"), "uncompressed")
         writer.json("metrics.json", {"training": history})

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rayrec.config import Config
-from rayrec.data.dataset import filesystem
 from rayrec.errors import ResourceError, UsageError
+from rayrec.files import filesystem
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import scipy.sparse as sp
 
 from rayrec.config import Config
 from rayrec.data.cooccurrence import count_transitions
-from rayrec.data.dataset import Dataset, filesystem
+from rayrec.data.dataset import Dataset
 from rayrec.data.training_events import TrainingEvents
 from rayrec.errors import DataError
+from rayrec.files import filesystem
 from rayrec.progress import Task
 from rayrec.training.windows import examples, first_stage_events, next_item_windows
 

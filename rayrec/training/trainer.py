@@ -22,8 +22,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rayrec.bundle import Bundle
 from rayrec.cluster import connect
 from rayrec.config import Config
-from rayrec.data.dataset import Dataset, filesystem
+from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError, ResourceError, UsageError
+from rayrec.files import filesystem
 from rayrec.model.paper import IMAGE_SIZE
 from rayrec.progress import Task, step
 from rayrec.training.fit import Job
