@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,10 +25,12 @@ def sampled_softmax(
 ) -> Tensor:
     """Cross-entropy over the target and M negatives shared by the batch, corrected by log Q (Bengio and Senecal 2008).
 
-    log_q_N: [N + 1] log probability with which an item is sampled. A negative equal to the target does not count.
+    log_q_N: [N + 1] log probability with which an item is sampled. Each negative stands for 1 / (M q) items, so that
+    their sum estimates that of all others without bias; the target is there for certain and stands for itself. A
+    negative equal to the target does not count.
     """
-    positive_P = (user_PD * target_PD).sum(1) - log_q_N[target_P]
-    negative_PM = user_PD @ negative_MD.T - log_q_N[negative_M]
+    positive_P = (user_PD * target_PD).sum(1)
+    negative_PM = user_PD @ negative_MD.T - log_q_N[negative_M] - math.log(len(negative_M))
     negative_PM = negative_PM.masked_fill(target_P[:, None] == negative_M, float("-inf"))
     score_P1M = torch.cat([positive_P[:, None], negative_PM], 1)
     return F.cross_entropy(score_P1M, torch.zeros_like(target_P))

@@ -12,10 +12,11 @@ class NegativeSampler:
     def __init__(self, n_train_N: Tensor, alpha: float = 0.5) -> None:
         weight_N = n_train_N.double().clamp(min=0) ** alpha * (n_train_N > 0)
         total = weight_N.sum().clamp(min=1e-12)
-        self.cumulative_N = (weight_N / total).cumsum(0)
+        cumulative_N = weight_N.cumsum(0)
+        self.cumulative_N = cumulative_N / cumulative_N[-1].clamp(min=1e-12)  # ends with exactly 1
         self.log_q_N = (weight_N / total).clamp(min=1e-12).log().float()
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """[n] int64 item indices, drawn with replacement."""
         draw = torch.rand(n, generator=generator, dtype=torch.float64)
-        return torch.searchsorted(self.cumulative_N, draw).clamp_(max=len(self.cumulative_N) - 1)
+        return torch.searchsorted(self.cumulative_N, draw, right=True)

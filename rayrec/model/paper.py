@@ -34,6 +34,9 @@ class Pairs:
     item_P: Tensor
     label_P: Tensor
 
+    def __len__(self) -> int:
+        return len(self.label_P)
+
 
 class ReluLSTM(nn.Module):
     """An LSTM whose candidate and output activations are ReLU, as Keras' LSTM(units, activation="relu")."""

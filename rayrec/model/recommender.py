@@ -33,6 +33,9 @@ class NextItems:
     history: HistoryTensors
     target_BL: Tensor
 
+    def __len__(self) -> int:
+        return len(self.target_BL)
+
 
 @dataclass(frozen=True)
 class Lists:
@@ -47,6 +50,9 @@ class Lists:
     follow_BC2: Tensor
     target_B: Tensor
     purchase_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target_B)
 
 
 class Recommender(nn.Module):

@@ -139,6 +139,7 @@ class Fit:
             stopper, first, best = EarlyStop(train.patience, *saved["stopper"]), saved["epoch"] + 1, saved["best"]
         elif stage == "fusion":
             stopper.better(score(self._validate(stage)))  # the fusion must beat plain retrieval
+        self.model.refresh()
         for epoch in range(first, epochs):
             if stopper.stop:
                 break
@@ -188,8 +189,8 @@ class Fit:
     def _validate(self, stage: str) -> dict[str, float]:
         """The first worker's judgement of the model as it stands, on every worker."""
         found = None
+        scorer = self._scorer(fused=stage == "fusion")  # of every worker: it brings the table of pictures up to date
         if self.peers.rank == 0:
-            scorer = self._scorer(fused=stage == "fusion")
             settings = ReplaySettings(
                 split="valid",
                 n_items=len(self.catalogue),

@@ -1,0 +1,99 @@
+"""Losses against sums done by hand, and the sampler of negatives."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rayrec.model.losses import full_softmax, listwise, sampled_softmax
+from rayrec.model.negatives import NegativeSampler
+
+
+def test_full_softmax_by_hand() -> None:
+    item_ND = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+    user_PD = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    allowed_N = torch.tensor([False, True, True, False])
+    loss = full_softmax(user_PD, item_ND, torch.tensor([1, 1]), allowed_N)
+    by_hand = (math.log(1 + math.exp(0 - 2)) + math.log(1 + math.exp(3 - 0))) / 2
+    assert math.isclose(float(loss), by_hand, rel_tol=1e-6)
+
+
+def test_items_that_are_not_allowed_get_no_gradient() -> None:
+    item_ND = torch.randn(4, 3, requires_grad=True)
+    full_softmax(torch.randn(2, 3), item_ND, torch.tensor([1, 2]), torch.tensor([False, True, True, False])).backward()
+    assert item_ND.grad is not None
+    assert not item_ND.grad[[0, 3]].any()
+    assert item_ND.grad[[1, 2]].any(1).all()
+
+
+def test_sampled_softmax_by_hand() -> None:
+    log_q_N = torch.tensor([-30.0, math.log(0.5), math.log(0.3), math.log(0.2)])
+    user_PD, negative_MD = torch.tensor([[1.0]]), torch.tensor([[0.7], [0.4]])
+    loss = sampled_softmax(
+        user_PD, torch.tensor([[2.0]]), negative_MD, torch.tensor([1]), torch.tensor([2, 3]), log_q_N
+    )
+    right, wrong = 2.0, [0.7 - math.log(2 * 0.3), 0.4 - math.log(2 * 0.2)]
+    assert math.isclose(float(loss), math.log(sum(map(math.exp, [right, *wrong]))) - right, rel_tol=1e-6)
+
+
+def test_a_negative_that_is_the_target_does_not_count() -> None:
+    log_q_N = torch.zeros(3)
+    given = (torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.tensor([[2.0], [2.0]]))
+    assert float(sampled_softmax(*given, torch.tensor([1]), torch.tensor([1, 1]), log_q_N)) == 0.0
+
+
+def test_log_q_undoes_the_bias_of_sampling() -> None:
+    """With it the optimum of the sampled loss is the truth; without it what is sampled often is underrated."""
+    truth_N = torch.tensor([0.0, 0.5, 0.3, 0.15, 0.05])
+    sampler = NegativeSampler(truth_N * 1000, alpha=1.0)
+    generator = torch.Generator().manual_seed(0)
+    target_P = truth_N.repeat(1, 1).multinomial(4000, True, generator=generator).squeeze(0)
+
+    def learned(log_q_N: torch.Tensor) -> torch.Tensor:
+        score_N = torch.zeros(5, requires_grad=True)
+        optimizer = torch.optim.Adam([score_N], lr=0.05)
+        for _ in range(250):
+            negative_M = sampler(200, generator)
+            optimizer.zero_grad()
+            one_P = torch.ones(len(target_P), 1)
+            sampled_softmax(
+                one_P, score_N[target_P, None], score_N[negative_M, None], target_P, negative_M, log_q_N
+            ).backward()
+            optimizer.step()
+        return score_N.detach()[1:].softmax(0)
+
+    assert (learned(sampler.log_q_N) - truth_N[1:]).abs().max() < 0.05
+    assert (learned(torch.zeros(5)) - truth_N[1:]).abs().max() > 0.1
+
+
+def test_listwise_by_hand_and_weighted() -> None:
+    score_BC = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    target_B = torch.tensor([1, 1])
+    first, second = math.log(1 + math.exp(-1)), math.log(1 + math.exp(3))
+    assert math.isclose(float(listwise(score_BC, target_B, torch.ones(2))), (first + second) / 2, rel_tol=1e-6)
+    assert math.isclose(float(listwise(score_BC, target_B, torch.tensor([0.0, 1.0]))), second, rel_tol=1e-6)
+
+
+def test_listwise_of_nothing_is_zero() -> None:
+    score_BC = torch.randn(2, 3)
+    assert float(listwise(score_BC, torch.tensor([0, 1]), torch.zeros(2))) == 0.0
+    assert float(listwise(score_BC[:0], torch.zeros(0, dtype=torch.long), torch.zeros(0))) == 0.0
+
+
+def test_the_sampler_knows_only_items_with_training_events() -> None:
+    sampler = NegativeSampler(torch.tensor([0, 4, 0, 1, 0, 16, 0]))
+    drawn = sampler(20_000, torch.Generator().manual_seed(1))
+    share = drawn.bincount(minlength=7) / len(drawn)
+    assert set(drawn.tolist()) == {1, 3, 5}
+    torch.testing.assert_close(share[[1, 3, 5]], torch.tensor([2 / 7, 1 / 7, 4 / 7]), atol=0.02, rtol=0)
+    torch.testing.assert_close(sampler.log_q_N[[1, 3, 5]].exp(), torch.tensor([2 / 7, 1 / 7, 4 / 7]))
+
+
+def test_the_greatest_draw_is_an_item_with_training_events(monkeypatch) -> None:
+    """Rounding leaves the last of the cumulated shares a little under one."""
+    sampler = NegativeSampler(torch.tensor([0, *[3] * 9, 0, 0]))
+    monkeypatch.setattr(torch, "rand", lambda n, **how: torch.full((n,), 1 - 2**-53, dtype=torch.float64))
+    assert sampler(1).item() == 9
+    monkeypatch.setattr(torch, "rand", lambda n, **how: torch.zeros(n, dtype=torch.float64))
+    assert sampler(1).item() == 1
