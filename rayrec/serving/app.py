@@ -84,23 +84,26 @@ def run_server(
     loader: str = LOADER,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM. `on_ready` is called with the URL. Raises as `served`."""
+    """Serve until Ctrl-C or SIGTERM. `on_ready` is called with the URL. For the main thread. Raises as `served`."""
     stop = threading.Event()
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        raise KeyboardInterrupt
+        if not stop.is_set():  # a second signal must not cut the clearing up short
+            stop.set()
+            raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, ask_to_stop)
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, ask_to_stop) for number in signals}
     try:
         with served(bundle_path, state_url=state_url, config=config, host=host, port=port, loader=loader) as url:
-            (on_ready or (lambda url: step(f"serving at {url}")))(url)
+            (on_ready or (lambda url: step(f"serving at {url}; Ctrl-C stops")))(url)
             while not stop.wait(3600):
                 pass
     except KeyboardInterrupt:
         step("stopped")
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str = LOADER) -> Any:
