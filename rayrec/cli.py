@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 
 
+INTERRUPTED = 130
+
+
 class Split(str, Enum):
     """Targets to judge on."""
 
@@ -294,13 +297,13 @@ def _run(arguments: list[str]) -> int:
     try:
         app(arguments, standalone_mode=True)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        code = stop.code if isinstance(stop.code, int) else 0
+        if code == INTERRUPTED:  # what Typer makes of Ctrl-C
+            print("rayrec: interrupted", file=sys.stderr)
+        return code
     except RayrecError as error:
         print(f"rayrec: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("rayrec: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from terminal import TINY_PREPARE, TINY_TRAIN, Terminal
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -44,3 +45,40 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def terminal(cluster: None) -> Iterator[Terminal]:
+    """Runs commands as processes of their own, on the shared cluster."""
+    import ray
+
+    with Terminal(RAY_ADDRESS=ray.get_runtime_context().gcs_address) as terminal:
+        yield terminal
+
+
+@pytest.fixture(scope="session")
+def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw folder by `rayrec sample`: 60 users, 24 items with pictures, 1,500 events."""
+    folder = tmp_path_factory.mktemp("tiny") / "shop"
+    with Terminal() as terminal:
+        ran = terminal.rayrec("sample", folder, "--users", 60, "--items", 24, "--events", 1500)
+    assert ran.code == 0, ran.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_shop: Path, terminal: Terminal) -> Path:
+    """`tiny_shop` by `rayrec prepare`. Read it only."""
+    dataset = tiny_shop.parent / "dataset"
+    ran = terminal.rayrec("prepare", tiny_shop, dataset, *TINY_PREPARE)
+    assert ran.code == 0, ran.err
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tiny_dataset: Path, terminal: Terminal) -> Path:
+    """A BUNDLES folder by `rayrec train` on `tiny_dataset`, one epoch a stage. Copy it to write to it."""
+    bundles = tiny_dataset.parent / "bundles"
+    ran = terminal.rayrec("train", tiny_dataset, bundles, *TINY_TRAIN)
+    assert ran.code == 0, ran.err
+    return bundles
