@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Mapping
 
 import ray
 
 from rayrec.errors import ResourceError, UsageError
 
+REACH_S = 5.0
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job, and for nothing else."""
 
@@ -27,6 +29,7 @@ def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None) -
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
+    _require_listener(address)
     try:
         ray.init(
             address=address,
@@ -38,6 +41,17 @@ def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None) -
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         what = "start a local Ray" if address == "local" else f"reach the Ray cluster at {address} (RAY_ADDRESS)"
         raise ResourceError(f"cannot {what}: {error}") from None
+
+
+def _require_listener(address: str) -> None:
+    """Raise ResourceError if nothing listens at `address` (host:port): Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise ResourceError(f"no Ray cluster at {address} (RAY_ADDRESS): {error}") from None
 
 
 def disconnect() -> None:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from rayrec.errors import UsageError
-from rayrec.schema import ENGAGEMENTS
+from rayrec.schema import ACTIONS, ENGAGEMENTS
 
 C = TypeVar("C", bound="Settings")
 
@@ -96,6 +96,14 @@ class SequenceConfig(Settings):
 
     actions: tuple[str, ...] = ENGAGEMENTS
     max_events: int = Field(10_000, ge=3, description="only a visitor's newest events are kept")
+
+    @field_validator("actions")
+    @classmethod
+    def _actions_are_canonical(cls, actions: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [action for action in actions if action not in ACTIONS]
+        if unknown or not actions:
+            raise ValueError(f"{', '.join(unknown) or 'none'}: choose among {', '.join(ACTIONS)}")
+        return actions
 
 
 class PrepareConfig(Settings):

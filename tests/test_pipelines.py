@@ -270,6 +270,18 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
 
 
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    raw = write_events(tmp_path / "raw", a_line(0, 0, 0))
+    code = "import sys; from rayrec.config import PrepareConfig; from rayrec.data.pipelines import prepare\n"
+    code += "prepare(sys.argv[1], sys.argv[2], PrepareConfig())"
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(raw), str(tmp_path / "ds")],
+        capture_output=True, env={**os.environ, "RAY_ADDRESS": "127.0.0.1:9"}, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "ResourceError: no Ray cluster at 127.0.0.1:9 (RAY_ADDRESS)" in child.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
 def test_a_relative_path_is_refused_in_a_submitted_job(monkeypatch: pytest.MonkeyPatch) -> None:
     require_absolute("relative/raw")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_1"}}')

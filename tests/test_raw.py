@@ -160,7 +160,7 @@ def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
     cut.mkdir()
     (cut / "events.csv.gz").write_bytes(gzip.compress(b"a,b,c\n" + b"1,2,3\n" * 100_000)[:-500])
     raw = find_raw(str(cut))
-    with pytest.raises(DataError, match=r"events\.csv\.gz: damaged or cut off"):
+    with pytest.raises(DataError, match=r"events\.csv\.gz: cannot be read, damaged or cut off"):
         [b for task in plan(raw.fs, raw.events) for p in task for b in read_piece(raw.fs, p, everything)]
 
 

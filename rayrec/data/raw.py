@@ -56,6 +56,13 @@ def find_raw(raw: str) -> Raw:
 
     Raises UsageError if there is nothing at `raw`, DataError if there are no events in it.
     """
+    try:
+        return _find(raw)
+    except OSError as error:
+        raise UsageError(f"{raw}: cannot be read ({error})") from None
+
+
+def _find(raw: str) -> Raw:
     base, pattern = _split_glob(raw)
     fs, root = filesystem(base)
     info = fs.get_file_info(root)
@@ -240,7 +247,7 @@ def _head(fs: pafs.FileSystem, file: RawFile) -> bytes:
             head: bytes = stream.read(WINDOW_BYTES)
             return head
     except OSError as error:
-        raise DataError(f"{file.name}: damaged or cut off ({error})") from None
+        raise DataError(f"{file.name}: cannot be read, damaged or cut off ({error})") from None
 
 
 def _cuts(fs: pafs.FileSystem, file: RawFile, start: int, piece_bytes: int, names: tuple[str, ...]) -> Iterable[int]:
@@ -257,7 +264,7 @@ def _row_group_pieces(fs: pafs.FileSystem, number: int, file: RawFile, piece_byt
         with fs.open_input_file(file.path) as stream:
             meta = pq.read_metadata(stream)
     except OSError as error:
-        raise DataError(f"{file.name}: damaged or cut off ({error})") from None
+        raise DataError(f"{file.name}: cannot be read, damaged or cut off ({error})") from None
     except Exception as error:  # Arrow raises errors of several kinds on what is no Parquet
         raise DataError(f"{file.name}: not a Parquet file ({error})") from None
     group_bytes = max(1, _text_bytes(file) // max(1, meta.num_row_groups))

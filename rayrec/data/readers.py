@@ -99,9 +99,7 @@ def read_piece(fs: pafs.FileSystem, piece: Piece, choose: Choose) -> Iterator[Bl
     except (pa.ArrowInvalid, pa.ArrowTypeError, EOFError) as error:
         raise DataError(f"{piece.raw.name}: cannot be read as {piece.raw.format} ({error})") from None
     except OSError as error:
-        if piece.raw.gzipped or piece.raw.format == "parquet":
-            raise DataError(f"{piece.raw.name}: damaged or cut off ({error})") from None
-        raise
+        raise DataError(f"{piece.raw.name}: cannot be read, damaged or cut off ({error})") from None
 
 
 def _moved(block: Block, rows: int) -> Block:

@@ -164,7 +164,7 @@ def _csv_shards(src: Path, *columns: str) -> Iterator[tuple[str, Iterator[tuple[
     """The CSV files of a folder, a tar archive, or the one file: name without ending, and the `columns`."""
     if src.is_file() and tarfile.is_tarfile(src):
         with tarfile.open(src) as archive:
-            for member in sorted(archive.getmembers(), key=lambda member: member.name):
+            for member in archive:  # in its own order: to seek back means to decompress from the start
                 content = archive.extractfile(member) if member.name.endswith(".csv") else None
                 if content is not None:
                     text = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
