@@ -1,0 +1,79 @@
+"""Candidates of the second stage on counts written down by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayrec.history import HistoryBatch, encode_history
+from rayrec.model.candidates import Transitions, retrieve, top, union
+
+
+def histories(*visits: list[int]) -> HistoryBatch:
+    items = [item for visit in visits for item in visit]
+    offsets = np.cumsum([0, *map(len, visits)])
+    return encode_history(items, np.ones(len(items)), np.arange(len(items)), offsets, max_len=10, clock="order")
+
+
+def counts(n_items: int, **pairs: float) -> sp.csr_array:
+    matrix = np.zeros((n_items + 1, n_items + 1), np.float32)
+    for pair, count in pairs.items():
+        before, after = pair.lstrip("_").split("_")
+        matrix[int(before), int(after)] = count
+    return sp.csr_array(matrix)
+
+
+def test_each_step_back_weighs_half() -> None:
+    transitions = Transitions(counts(3, _1_2=4, _2_3=6, _2_1=2))
+    count_BN, share_BN = transitions.scores(histories([1, 2], [2, 1], []))
+    assert count_BN.tolist() == [[0, 2, 2, 6], [0, 1, 4, 3], [0, 0, 0, 0]]
+    np.testing.assert_allclose(share_BN, [[0, 0.25, 0.5, 0.75], [0, 0.125, 1, 0.375], [0, 0, 0, 0]])
+
+
+def test_an_item_seen_twice_counts_twice_and_the_sixth_step_back_not_at_all() -> None:
+    transitions = Transitions(counts(3, _1_2=16, _3_1=1))
+    count_BN, _ = transitions.scores(histories([1, 1], [1, 3, 3, 3, 3, 3]))
+    assert count_BN[:, 2].tolist() == [24.0, 0.0]
+
+
+def test_top_finds_the_best_even_of_too_few() -> None:
+    scores_BN = np.array([[0.0, 5, 1, 3], [9, 0, 2, 1]], np.float32)
+    assert [set(row) for row in top(scores_BN, 2).tolist()] == [{1, 3}, {0, 2}]
+    assert sorted(top(scores_BN, 9)[0].tolist()) == [0, 1, 2, 3]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=6),
+    st.lists(st.integers(0, 9), min_size=1, max_size=4),
+)
+def test_union_is_that_of_sets(rows: list[list[int]], common: list[int]) -> None:
+    usable_N = np.arange(10) % 4 > 0
+    parts = [np.array(rows), np.broadcast_to(np.array(common), (len(rows), len(common)))]
+    out_BC = union(parts, 10, usable_N)
+    wanted = [sorted(item for item in {*row, *common} if usable_N[item]) for row in rows]
+    assert [[item for item in row if item] for row in out_BC.tolist()] == wanted
+    assert out_BC.shape[1] == max(1, max(map(len, wanted)))
+    assert all(
+        row == sorted(row[: len(want)]) + [0] * (len(row) - len(want))
+        for row, want in zip(out_BC.tolist(), wanted, strict=True)
+    )
+
+
+def test_all_sources_are_asked() -> None:
+    history = histories([7], [8, 9])
+    model_BN = np.zeros((2, 13), np.float32)
+    follow_BN = np.zeros((2, 13), np.float32)
+    model_BN[0, [0, 1, 2, 3, 4]] = [9, 5, 5, 5, 5]
+    model_BN[1, [1, 3, 5, 6]] = 5
+    follow_BN[:, [10, 11, 6, 5]] = 1
+    out_BC = retrieve(history, model_BN, follow_BN, np.array([12, 1, 2]), 4)
+    assert {12, 7, 10, 11, 6, 5} < set(out_BC[0].tolist())
+    assert set(out_BC[1].tolist()) - {0} == {1, 3, 5, 6, 10, 11, 12, 8, 9}
+
+
+def test_a_visitor_without_history_still_gets_the_popular() -> None:
+    nothing_BN = np.zeros((1, 6), np.float32)
+    out_BC = retrieve(histories([]), nothing_BN, nothing_BN, np.array([3, 5, 1]), 8)
+    assert {3, 5} <= set(out_BC[0].tolist())

@@ -1,0 +1,151 @@
+"""The fusion's features by hand, and what it must not depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import tinyshop
+import torch
+
+from rayrec.catalogue import Catalogue
+from rayrec.history import encode_history
+from rayrec.model.encoders import HistoryTensors, ItemTable
+from rayrec.model.fusion import DECAYS, HEADS, N_FEATURES, TOUCHES, Fusion
+from rayrec.schema import ACTION_CODE
+
+WIDTH = 16
+NAMES = (
+    *("dot", "count", "share", "popularity", "seen", "recency", "times", "price", "like_last", "attended", "cold"),
+    "length",
+    *TOUCHES,
+    *(f"{name}_{decay}" for decay in DECAYS for name in ("price_gap", "category", "brand", "title")),
+)  # fmt: skip
+COLUMN = {name: place for place, name in enumerate(NAMES)}
+
+
+@pytest.fixture(scope="module")
+def items() -> ItemTable:
+    catalogue = Catalogue.from_table(tinyshop.item_table(tinyshop.sequence_table()))
+    return ItemTable(catalogue, np.empty(0, np.int64), np.empty((0, 8, 8, 3), np.uint8), 8)
+
+
+@pytest.fixture(scope="module")
+def vector_ND() -> torch.Tensor:
+    torch.manual_seed(0)
+    vectors = torch.randn(tinyshop.N_ITEMS + 1, WIDTH)
+    vectors[0] = 0
+    return vectors
+
+
+def past(*visits: list[tuple[int, str]]) -> HistoryTensors:
+    events = [event for visit in visits for event in visit]
+    actions = [ACTION_CODE[action] for _, action in events]
+    offsets = np.cumsum([0, *map(len, visits)])
+    return HistoryTensors.of(
+        encode_history([i for i, _ in events], actions, np.arange(len(events)) * 1000, offsets, max_len=8, clock="time")
+    )
+
+
+def features(
+    items: ItemTable, vector_ND: torch.Tensor, history: HistoryTensors, candidate_BC: torch.Tensor
+) -> torch.Tensor:
+    torch.manual_seed(0)
+    fusion = Fusion(tinyshop.tiny().model)
+    user_BD = torch.full((len(candidate_BC), WIDTH), 0.5)
+    follow_BC2 = torch.tensor([3.0, 0.25]).expand(*candidate_BC.shape, 2)
+    vectors = vector_ND[candidate_BC], vector_ND[history.item_BL]
+    with torch.no_grad():
+        return fusion.features(items, history, user_BD, candidate_BC, *vectors, follow_BC2)
+
+
+def test_the_features_by_hand(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    history = past([(1, "view"), (2, "cart"), (1, "purchase"), (11, "view")])
+    row = features(items, vector_ND, history, torch.tensor([[1, 10]]))[0]
+    assert row.shape == (2, len(NAMES)) == (2, N_FEATURES)
+    got = {name: float(row[0, place]) for name, place in COLUMN.items()}
+    expected = {
+        "dot": float(vector_ND[1].sum() / 2),
+        "count": math.log(4),
+        "share": math.log(0.25 + 1e-4) / 4 + 1,
+        "popularity": float(items.log_popularity_N[1]),
+        "seen": 1.0,
+        "recency": 1 / 2,  # one step back
+        "times": math.log(3),
+        "price": -1.0,
+        "like_last": float(torch.cosine_similarity(vector_ND[1], vector_ND[11], dim=0)),
+        "cold": 0.0,
+        "length": math.log(5) / 4,
+        "view": 1.0,
+        "click": 0.0,
+        "cart": 0.0,
+        "favorite": 0.0,
+        "purchase": 1.0,
+    }
+    weight = np.array([0.5**3, 0.5**2, 0.5, 1]) / (1 + 0.5 + 0.25 + 0.125)
+    price = np.array([0, 1, 0, 0]) / 4.5 - 1
+    expected["price_gap_0.5"] = abs(-1 - float(weight @ price))
+    expected["category_0.5"] = float(weight[:3].sum())  # the last is green
+    expected["brand_0.5"] = float(weight[[0, 2, 3]].sum())  # even places are of one brand
+    expected["title_0.5"] = float(weight[:3].sum() + weight[[0, 2, 3]].sum()) / 2  # "red" and "0"
+    assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    cold = row[1]
+    assert [float(cold[COLUMN[name]]) for name in ("cold", "seen", "recency", "times", "view")] == [1, 0, 0, 0, 0]
+
+
+def test_the_attention_is_over_real_events_only(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    candidate_BC = torch.tensor([[1, 5, 12]])
+    alone = features(items, vector_ND, past([(3, "view"), (4, "view")]), candidate_BC)
+    beside = past([(3, "view"), (4, "view")], [(n, "view") for n in range(21, 28)])
+    together = features(items, vector_ND, beside, candidate_BC.expand(2, -1))
+    torch.testing.assert_close(together[0], alone[0], atol=1e-5, rtol=1e-5)
+    assert alone[0, :, COLUMN["attended"]].any()
+
+
+def test_a_visitor_without_history_has_finite_features(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    row = features(items, vector_ND, past([], [(1, "view")]), torch.tensor([[1, 0], [1, 2]]))[0]
+    assert row.isfinite().all()
+    told = ("seen", "recency", "times", "like_last", "attended", "length", *TOUCHES, "category_0.9", "brand_0.5")
+    assert not row[0, [COLUMN[name] for name in told]].any()
+
+
+def test_it_starts_from_the_order_of_retrieval(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    fusion = Fusion(tinyshop.tiny().model).eval()
+    history, candidate_BC = past([(1, "view"), (2, "view")]), torch.tensor([[3, 14, 25, 36]])
+    user_BD = torch.randn(1, WIDTH)
+    logit_BCH = fusion(items, history, user_BD, candidate_BC, vector_ND, torch.rand(1, 4, 2))
+    bias_H = fusion.linear.bias
+    for head in range(len(HEADS)):
+        torch.testing.assert_close(logit_BCH[0, :, head], vector_ND[candidate_BC[0]] @ user_BD[0] + bias_H[head])
+
+
+def test_taste_changes_the_order_of_items(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    fusion = Fusion(tinyshop.tiny().model).eval()
+    with torch.no_grad():
+        for parameter in fusion.out.parameters():
+            parameter.normal_()
+    candidate_BC = torch.arange(1, 31)[None].expand(2, -1)
+    history = past([(1, "view"), (2, "cart")], [(35, "purchase")])
+    logit_BCH = fusion(items, history, torch.randn(2, WIDTH), candidate_BC, vector_ND, torch.ones(2, 30, 2))
+    assert logit_BCH[0, :, 0].argsort().tolist() != logit_BCH[1, :, 0].argsort().tolist()
+
+
+def test_a_score_does_not_depend_on_the_other_candidates(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    history = past([(1, "view"), (2, "cart"), (3, "view")])
+    many = features(items, vector_ND, history, torch.tensor([[4, 17, 0, 30]]))
+    one = features(items, vector_ND, history, torch.tensor([[17]]))
+    torch.testing.assert_close(many[:, 1:2], one, atol=1e-6, rtol=1e-5)
+
+
+def test_the_hour_of_a_visit_changes_nothing(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    """The fusion must not use what is unknown of the request that it answers."""
+    history = past([(1, "view"), (2, "cart")])
+    later = dataclasses.replace(history, hour_BL=history.hour_BL + 5)
+    candidate_BC = torch.tensor([[3, 4]])
+    torch.testing.assert_close(
+        features(items, vector_ND, history, candidate_BC), features(items, vector_ND, later, candidate_BC)
+    )

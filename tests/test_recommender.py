@@ -1,0 +1,156 @@
+"""The default model as a whole: its stages, its losses, and that a saved one is the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tinyshop
+import torch
+
+from rayrec.catalogue import Catalogue
+from rayrec.history import encode_history
+from rayrec.model.encoders import HistoryTensors
+from rayrec.model.recommender import Lists, NextItems, Recommender, build
+from rayrec.schema import ACTION_CODE
+
+VIEW = ACTION_CODE["view"]
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> Catalogue:
+    return Catalogue.from_table(tinyshop.item_table(tinyshop.sequence_table()))
+
+
+def make(catalogue: Catalogue, *settings: str) -> Recommender:
+    torch.manual_seed(0)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    model = build(tinyshop.tiny(*settings), catalogue, np.array([1, 2, 3, 4, 5]), pixels)
+    assert isinstance(model, Recommender)
+    return model
+
+
+def past(*visits: list[int]) -> HistoryTensors:
+    items = [item for visit in visits for item in visit]
+    offsets = np.cumsum([0, *map(len, visits)])
+    return HistoryTensors.of(
+        encode_history(items, np.full(len(items), VIEW), np.arange(len(items)), offsets, max_len=10, clock="time")
+    )
+
+
+def lists(model: Recommender) -> Lists:
+    model.vector_ND = model.encode_items()
+    candidate_BC = torch.tensor([[3, 12, 25, 0], [4, 9, 31, 32]])
+    return Lists(
+        past([1, 2], [3]), candidate_BC, torch.rand(2, 4, 2), torch.tensor([0, 3]), torch.tensor([True, False])
+    )
+
+
+def test_the_loss_is_over_positions_that_have_a_target(catalogue: Catalogue) -> None:
+    model = make(catalogue, "model.dropout=0", "model.id_dropout=0").eval()
+    model.refresh()
+    one = model(NextItems(past([1, 2, 3]), torch.tensor([[2, 0, 0]])))
+    other = model(NextItems(past([1, 2, 3]), torch.tensor([[0, 0, 4]])))
+    both = model(NextItems(past([1, 2, 3]), torch.tensor([[2, 0, 4]])))
+    torch.testing.assert_close(both, (one + other) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_the_past_alone_decides(catalogue: Catalogue) -> None:
+    """What comes after a position must not reach its loss: it is the answer."""
+    model = make(catalogue, "model.dropout=0", "model.id_dropout=0").eval()
+    model.refresh()
+    target = torch.tensor([[2, 0, 0]])
+    torch.testing.assert_close(
+        model(NextItems(past([1, 2, 3]), target)), model(NextItems(past([1, 33, 17]), target)), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_batch_without_targets_costs_nothing_and_reaches_every_parameter(catalogue: Catalogue) -> None:
+    model = make(catalogue)
+    loss = model(NextItems(past([1, 2]), torch.zeros(1, 2, dtype=torch.long)))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("sampled", [0, 16])
+def test_both_losses_teach(catalogue: Catalogue, sampled: int) -> None:
+    model = make(catalogue, f"train.negatives={sampled}", "model.dropout=0").train()
+    optimizer = torch.optim.Adam(model.stage_parameters("retrieval"), lr=0.02)
+    batch = NextItems(past([1, 2, 3], [11, 12]), torch.tensor([[2, 3, 4], [12, 13, 0]]))
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+
+
+def test_a_big_catalogue_is_sampled_and_a_small_one_is_not(catalogue: Catalogue) -> None:
+    assert make(catalogue).sampled == 0
+    assert make(catalogue, "train.full_softmax_below=39").sampled == 1024
+    assert make(catalogue, "train.negatives=7").sampled == 7
+
+
+def test_the_fusion_trains_alone_on_a_still_first_stage(catalogue: Catalogue) -> None:
+    model = make(catalogue)
+    batch = lists(model)
+    model.train()
+    assert model.fusion.training
+    assert not model.behaviour.training
+    assert not model.item_encoder.training
+    model(batch).backward()
+    fusion = {id(p) for p in model.stage_parameters("fusion")}
+    touched = {id(p) for p in model.parameters() if p.grad is not None}
+    assert touched
+    assert touched <= fusion
+    assert {id(p) for p in model.stage_parameters("retrieval")}.isdisjoint(fusion)
+    assert len(fusion) + len(list(model.stage_parameters("retrieval"))) == len(list(model.parameters()))
+
+
+def test_padding_candidates_take_no_part(catalogue: Catalogue) -> None:
+    model = make(catalogue)
+    batch = lists(model)
+    model.eval()
+    whole = model(batch)
+    wider = Lists(
+        batch.history,
+        torch.nn.functional.pad(batch.candidate_BC, (0, 3)),
+        torch.nn.functional.pad(batch.follow_BC2, (0, 0, 0, 3)),
+        batch.target_B,
+        batch.purchase_B,
+    )
+    torch.testing.assert_close(model(wider), whole)
+
+
+def test_only_purchases_teach_the_purchase_head(catalogue: Catalogue) -> None:
+    model = make(catalogue)
+    batch = lists(model)
+    nothing_bought = Lists(
+        batch.history, batch.candidate_BC, batch.follow_BC2, batch.target_B, torch.tensor([False, False])
+    )
+    model(nothing_bought).backward()
+    grad = model.fusion.linear.weight.grad
+    assert grad is not None
+    assert grad[0].any()
+    assert not grad[1].any()
+
+
+def test_a_model_from_saved_weights_is_the_same(catalogue: Catalogue) -> None:
+    model = make(catalogue).eval()
+    again = build(model.config, catalogue, weights=model.state_dict())
+    assert isinstance(again, Recommender)
+    vector_ND, history = model.encode_items(), past([1, 2])
+    torch.testing.assert_close(again.eval().encode_users(history, vector_ND), model.encode_users(history, vector_ND))
+
+
+def test_half_precision_trains_pictures(catalogue: Catalogue) -> None:
+    model = make(catalogue).train()
+    fresh_M = torch.tensor([1, 2, 3])
+    with torch.autocast("cpu", torch.bfloat16):  # of the pictures alone: not every CPU has an LSTM in half precision
+        model.item_encoder(model.items, fresh_M=fresh_M).sum().backward()
+    assert model.item_encoder.cnn is not None
+    assert model.item_encoder.cnn.project.weight.grad.any()
+    assert model.item_encoder.image_ND.dtype == torch.float32
+    assert model.item_encoder.image_ND[fresh_M].any(1).all()
