@@ -239,6 +239,8 @@ def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.
     found = [
         {"version": version, "live": version == current, **_facts(bundles / version)} for version in versions(bundles)
     ]
+    if not found:
+        step(f"{bundles}: no bundles; make one with: rayrec train DATASET {bundles}")
     for row in found:
         ndcg = "" if row["ndcg@10"] is None else f"  NDCG@10 {row['ndcg@10']:.4f}"
         typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  {row['created']}  {row['items']} items{ndcg}")

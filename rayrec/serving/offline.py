@@ -9,6 +9,7 @@ import asyncio
 from typing import Any
 
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from rayrec.bundle import Bundle
 from rayrec.config import ServeConfig
@@ -30,15 +31,19 @@ def recommend(
     """
     bundle = Bundle.open(bundle_path)
     session_id = user_id.removeprefix(SESSION_PREFIX) if user_id.startswith(SESSION_PREFIX) else None
-    request = wire.RecommendRequest(
-        user_id=None if session_id else user_id,
-        session_id=session_id,
-        scene=scene,
-        k=k,
-        context=wire.Context(item_id=item_id) if item_id else wire.Context(),
-        events=past(Dataset.open(history), user_id) if history else (),
-        store=False,
-    )
+    try:
+        request = wire.RecommendRequest(
+            user_id=None if session_id else user_id,
+            session_id=session_id,
+            scene=scene,
+            k=k,
+            context=wire.Context(item_id=item_id) if item_id else wire.Context(),
+            events=past(Dataset.open(history), user_id) if history else (),
+            store=False,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}") from None
     service = Service(
         load_scorer(bundle),
         open_state(state_url),

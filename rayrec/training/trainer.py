@@ -5,6 +5,7 @@ In: a dataset folder and settings. Out: a published bundle. Everything that is l
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ def train(
         datasets=_tables(dataset, config),
         dataset_config=ray.train.DataConfig(datasets_to_split="all"),
     )
-    with _progress(board, bundles, run, config):
+    with _progress(board, bundles, run, config), _interruptible():
         result = trainer.fit()
     if result.checkpoint is None:
         raise ResourceError(f"the training ended without a checkpoint; see {runs.storage}/{run}")
@@ -152,6 +153,19 @@ def _check_images(dataset: Dataset, config: Config) -> None:
             f"{dataset.path} holds {size}x{size} images and the model reads {config.model.image_size}: "
             f"prepare with --set images.size={config.model.image_size}, or --set model.image_size={size}"
         )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt. Ray Train's handler stops the workers and exits with 0, and would stay for good."""
+    ours = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if signal.getsignal(signal.SIGINT) != ours:
+            signal.signal(signal.SIGINT, ours)
 
 
 @contextmanager
