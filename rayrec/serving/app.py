@@ -84,12 +84,18 @@ def run_server(
     loader: str = LOADER,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM. `on_ready` is called with the URL. For the main thread. Raises as `served`."""
+    """Serve until SIGTERM, or Ctrl-C, which raises KeyboardInterrupt when all is cleared up.
+
+    on_ready: called with the URL. For the main thread. Raises as `served`.
+    """
     stop = threading.Event()
+    interrupted = False
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
         if not stop.is_set():  # a second signal must not cut the clearing up short
             stop.set()
+            interrupted = number == signal.SIGINT
             raise KeyboardInterrupt
 
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
@@ -101,6 +107,8 @@ def run_server(
                 pass
     except KeyboardInterrupt:
         step("stopped")
+        if interrupted:
+            raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

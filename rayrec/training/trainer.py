@@ -157,7 +157,7 @@ def _check_images(dataset: Dataset, config: Config) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt. Ray Train's handler stops the workers and exits with 0, and would stay for good."""
+    """Ctrl-C is a KeyboardInterrupt; Ray Train's handler stops the workers, exits with 0, and would stay for good."""
     ours = signal.getsignal(signal.SIGINT)
     try:
         yield
