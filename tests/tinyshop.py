@@ -37,6 +37,7 @@ TINY = (
     "train.epochs=3",
     "train.fusion_epochs=1",
     "train.batch_size=16",
+    "train.fusion_batch_size=16",
     "train.lr=0.02",
     "train.precision=fp32",
 )
