@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 
 import ray
 
@@ -31,13 +35,14 @@ def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None) -
     address = os.environ.get("RAY_ADDRESS") or "local"
     _require_listener(address)
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            num_cpus=num_cpus if address == "local" else None,
-            runtime_env={"env_vars": dict(env)} if env and address != "local" else None,
-        )
+        with unbroken():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                num_cpus=num_cpus if address == "local" else None,
+                runtime_env={"env_vars": dict(env)} if env and address != "local" else None,
+            )
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         what = "start a local Ray" if address == "local" else f"reach the Ray cluster at {address} (RAY_ADDRESS)"
         raise ResourceError(f"cannot {what}: {error}") from None
@@ -56,7 +61,34 @@ def _require_listener(address: str) -> None:
 
 def disconnect() -> None:
     """Leave the cluster; a local one that `connect` started stops."""
-    ray.shutdown()
+    with unbroken():
+        ray.shutdown()
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Put off a first Ctrl-C to the end; a second one acts at once. Does nothing outside the main thread.
+
+    A Ray that is interrupted while it starts or stops crashes, or leaves processes behind.
+    """
+    act = signal.getsignal(signal.SIGINT)
+    if not callable(act) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    put_off: list[int] = []
+
+    def wait_or_act(number: int, frame: FrameType | None) -> None:
+        if put_off:
+            act(number, frame)
+        put_off.append(number)
+
+    signal.signal(signal.SIGINT, wait_or_act)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, act)
+    if put_off:
+        act(signal.SIGINT, None)
 
 
 def cpus() -> int:

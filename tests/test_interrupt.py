@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sqlite3
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from terminal import TINY_PREPARE, TINY_TRAIN, Running, Terminal
+
+from rayrec.cluster import unbroken
 
 
 @pytest.fixture
@@ -36,6 +40,23 @@ def interrupted_well(terminal: Terminal, running: Running) -> None:
 
 def names(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("interrupts", "done"), [(0, "all of it"), (1, "all of it"), (2, "")])
+def test_ray_starts_and_stops_unbroken_by_a_first_ctrl_c(interrupts: int, done: str) -> None:
+    said = ""
+
+    def work() -> None:
+        nonlocal said
+        with unbroken():
+            for _ in range(interrupts):
+                signal.raise_signal(signal.SIGINT)
+            said = "all of it"
+
+    with pytest.raises(KeyboardInterrupt) if interrupts else nullcontext():
+        work()
+    assert said == done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sample(own: Terminal, tmp_path: Path) -> None:
