@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rayrec.data.cooccurrence import count_transitions
 from rayrec.schema import ACTION_CODE, SEQUENCE_SCHEMA
-from rayrec.training.windows import FUSION_TAIL, Flat, examples, first_stage_events, fusion_mask, next_item_windows
+from rayrec.training.windows import Flat, examples, first_stage_events, fusion_mask, next_item_windows, tail
 
 VIEW, PURCHASE = ACTION_CODE["view"], ACTION_CODE["purchase"]
 
@@ -59,7 +59,9 @@ def naive_fusion(table: pa.Table, share: float) -> set[int]:
         if row["user_id"] in chosen:
             places = trainable(row)
             purchases = [place for place in places if row["action"][place] == PURCHASE]
-            found |= {row["item"][place] for place in {*places[-FUSION_TAIL:], *purchases[-FUSION_TAIL:]}}
+            found |= {
+                row["item"][place] for place in {*places[-tail(len(places)) :], *purchases[-tail(len(purchases)) :]}
+            }
     return found
 
 

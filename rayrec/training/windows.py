@@ -16,7 +16,7 @@ from rayrec.history import Ints
 from rayrec.schema import ACTION_CODE
 
 FUSION_TAIL = 5
-"""How many of a fusion visitor's last events, and of the last purchases, teach the fusion."""
+"""How many of a fusion visitor's last events, and of the last purchases, teach the fusion at most."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -37,12 +37,18 @@ class Flat:
         # A target needs at least one event before it.
         self.trainable_A = training_mask(sequences) & (self.place_A > 0)
 
-    def last(self, mask_A: Mask, n: int) -> Mask:
-        """Those of the events in `mask_A` that are among the last `n` such events of their visitor."""
+    def last(self, mask_A: Mask) -> Mask:
+        """Of the events in `mask_A`, the last `tail` of each visitor."""
+        limit_U = tail(np.bincount(self.visitor_A[mask_A], minlength=len(self.length_U)))
         after_A: Ints = np.cumsum(mask_A[::-1])[::-1] - mask_A
         end_U = self.start_U + self.length_U
         after_visitor_A = np.concatenate([after_A + mask_A, [0]])[end_U[self.visitor_A]]
-        return mask_A & (after_A - after_visitor_A < n)
+        return mask_A & (after_A - after_visitor_A < limit_U[self.visitor_A])
+
+
+def tail(n: npt.ArrayLike) -> Ints:
+    """How many of `n` events are withheld for the fusion: three in ten, at least one, at most FUSION_TAIL."""
+    return np.clip(np.asarray(n, np.int64) * 3 // 10, 1, FUSION_TAIL)
 
 
 def fusion_mask(flat: Flat, sequences: pa.Table, share: float) -> Mask:
@@ -56,7 +62,7 @@ def fusion_mask(flat: Flat, sequences: pa.Table, share: float) -> Mask:
     chosen_U = np.fromiter((zlib.crc32(name.encode()) % 1000 < 1000 * share for name in ids), bool, len(ids))
     candidates_A = flat.trainable_A & chosen_U[flat.visitor_A]
     purchases_A = candidates_A & (flat.action_A == ACTION_CODE["purchase"])
-    return flat.last(candidates_A, FUSION_TAIL) | flat.last(purchases_A, FUSION_TAIL)
+    return flat.last(candidates_A) | flat.last(purchases_A)
 
 
 def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) -> pa.Table:
