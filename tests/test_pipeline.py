@@ -68,6 +68,16 @@ def test_unknown_visitors_get_what_is_popular(ranker: Ranker, state: State) -> N
         assert answer.served_by == "popular"
 
 
+def test_a_user_without_events_is_known_by_their_session(ranker: Ranker, state: State) -> None:
+    saw(state, "session:s", ("green-1", "view"))
+    saw(state, "known", ("red-1", "view"))
+    fresh = ranker.recommend([Request("fresh", session="session:s", k=3)], state)[0]
+    known = ranker.recommend([Request("known", session="session:s", k=3)], state)[0]
+    assert (styles(fresh), fresh.served_by) == ({"green"}, "model")
+    assert styles(known) == {"red"}
+    assert len(state.user("fresh").shown) == 1
+
+
 def test_events_of_unknown_items_do_not_count_yet(ranker: Ranker, state: State) -> None:
     saw(state, "u", ("not-in-the-catalogue", "view"))
     assert ranker.recommend([Request("u")], state)[0].served_by == "popular"

@@ -246,6 +246,11 @@ def test_1_to_1000_events(client: Client, n: int) -> None:
     assert store(client, *[event()] * 1000)["accepted"] == 1000
 
 
+def test_a_user_without_events_is_known_by_their_session(client: Client) -> None:
+    store(client, {"session_id": "s", "item_id": "blue-3", "action": "view"})
+    assert ask(client, user_id="new", session_id="s")["served_by"] == "model"
+
+
 @pytest.mark.parametrize("who", [{"user_id": "unknown"}, {"session_id": "unknown"}, {}])
 def test_unknown_visitors_get_a_list(client: Client, who: dict[str, str]) -> None:
     assert ids(ask(client, k=3, **who)) == ["blue-0", "green-0", "red-0"]

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 MAX_K = 200
 POOL = 50  # at least so many candidates are re-ranked and explored
 NO_FILTERS = Filters()
+NO_HISTORY = History()
 DAY_MS = 86_400_000
 ENGAGED = frozenset(ENGAGEMENTS)
 Doubles: TypeAlias = npt.NDArray[np.float64]
@@ -69,7 +70,9 @@ class UnknownItemError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for. `visitor` is a `schema.visitor_id`, None for nobody in particular."""
+    """What is asked for. `visitor` is a `schema.visitor_id`, None for nobody in particular; `session` is that of the
+    visitor's session, whose events count where the visitor has none.
+    """
 
     visitor: str | None = None
     scene: str = "home"
@@ -82,6 +85,7 @@ class Request:
     diversity: float | None = None  # None: as configured
     explore: float | None = None
     reasons: bool = False
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +203,16 @@ class Ranker:
 
     def _histories(self, requests: Sequence[Request], state: State) -> list[History]:
         """What is stored of each visitor, and the request's own events, in order of time."""
-        visitors = list({request.visitor for request in requests if request.visitor is not None})
+        visitors = list({one for request in requests for one in (request.visitor, request.session) if one is not None})
         stored = dict(zip(visitors, state.histories(visitors, self.config.history), strict=True))
-        return [_with_events(stored.get(request.visitor or "", History()), request) for request in requests]
+        histories = []
+        for request in requests:
+            history = stored.get(request.visitor or "", NO_HISTORY)
+            if not history.acts:
+                session = stored.get(request.session or "", NO_HISTORY)
+                history = History(session.acts, history.bought | session.bought, history.hidden | session.hidden)
+            histories.append(_with_events(history, request))
+        return histories
 
     def _encode(self, requests: Sequence[Request], histories: list[History]) -> tuple[HistoryBatch, Asked]:
         """Histories as the model reads them; the items at hand count as looked at just now."""

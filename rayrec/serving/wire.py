@@ -287,6 +287,7 @@ def request_of(sent: RecommendRequest, now_ms: int, skew_s: float) -> pipeline.R
     known = sent.user_id or sent.session_id
     return pipeline.Request(
         visitor=visitor_id(sent.user_id, sent.session_id) if known else None,
+        session=visitor_id(None, sent.session_id) if sent.session_id else None,
         scene=sent.scene,
         k=sent.k,
         item_id=sent.context.item_id,
