@@ -25,7 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from rayrec import __version__
 from rayrec.catalogue import Catalogue
@@ -158,7 +158,8 @@ class BundleWriter:
 
     def tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write the model's weights."""
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, self.file("model.safetensors"))
+        data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+        self.file("model.safetensors").write_bytes(data)  # save_file makes its own kind of error of a full disk
 
     def array(self, name: str, values: npt.NDArray[Any]) -> None:
         """Write a numpy array, without pickles."""

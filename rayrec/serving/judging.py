@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rayrec.bundle import Bundle, add_file
+from rayrec.bundle import Bundle, add_file, write_atomically
 from rayrec.cluster import connect
 from rayrec.data.dataset import Dataset
-from rayrec.errors import DataError
+from rayrec.errors import DataError, UsageError, writing
 from rayrec.evaluation import evaluate
 from rayrec.evaluation.replay import Split
 from rayrec.evaluation.report import write_report
@@ -27,8 +27,11 @@ SCORES_AT_ONCE = 20_000_000
 def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None = None) -> dict[str, Any]:
     """Evaluate a bundle on a split, over the Ray cluster; keep the figures in its metrics.json and report.html.
 
-    Raises DataError if the bundle was trained on other items than the dataset holds.
+    Raises DataError if the bundle was trained on other items than the dataset holds, UsageError at once if there is
+    no folder for `report`, ResourceError if the figures cannot be written.
     """
+    if report is not None and not report.absolute().parent.is_dir():
+        raise UsageError(f"{report}: there is no folder {report.absolute().parent}; make it first")
     bundle, dataset = Bundle.open(bundle_path), Dataset.open(dataset_path)
     n_items = len(bundle.catalogue)
     if not bundle.catalogue.table["item_id"].equals(dataset.catalogue().table["item_id"]):
@@ -52,13 +55,15 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
 
 def _keep(bundle: Bundle, split: str, result: dict[str, Any], facts: dict[str, Any], report: Path | None) -> None:
     metrics = {**bundle.json("metrics.json"), split: result}
-    bundle = add_file(bundle, "metrics.json", lambda path: _write_json(path, metrics))
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         write_report(result, page, facts)
-        add_file(bundle, "report.html", lambda path: path.write_bytes(page.read_bytes()))
+        with writing(bundle.path):
+            bundle = add_file(bundle, "metrics.json", lambda path: _write_json(path, metrics))
+            add_file(bundle, "report.html", lambda path: path.write_bytes(page.read_bytes()))
         if report is not None:
-            write_report(result, report, facts)
+            with writing(report):
+                write_atomically(report, page.read_bytes())
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -24,6 +24,7 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import Config
 from rayrec.data.cooccurrence import strongest
 from rayrec.data.dataset import Dataset, Images
+from rayrec.errors import writing
 from rayrec.progress import Task
 from rayrec.training.tracking import draw_curves
 
@@ -47,7 +48,7 @@ def write_bundle(
     training events; the strongest FOLLOWERS_KEPT of each item are kept.
     """
     history = json.loads((checkpoint / "state.json").read_text())["history"]
-    with BundleWriter(bundles, new_version(bundles)) as writer:
+    with writing(bundles), BundleWriter(bundles, new_version(bundles)) as writer:
         writer.tensors(load_file(checkpoint / "model.safetensors"))
         writer.json("config.json", config.model_dump(mode="json"))
         writer.array("vectors.npy", np.load(checkpoint / "vectors.npy", allow_pickle=False).astype(np.float32))

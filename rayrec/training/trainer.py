@@ -24,7 +24,7 @@ from rayrec.bundle import Bundle
 from rayrec.cluster import connect
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
-from rayrec.errors import DataError, ResourceError, UsageError
+from rayrec.errors import DataError, RayrecError, ResourceError, UsageError, writing
 from rayrec.files import filesystem
 from rayrec.model.paper import IMAGE_SIZE
 from rayrec.progress import Task, step
@@ -90,8 +90,8 @@ def train(
         datasets=_tables(dataset, config),
         dataset_config=ray.train.DataConfig(datasets_to_split="all"),
     )
-    with _progress(board, bundles, run, config), _interruptible():
-        result = trainer.fit()
+    with _progress(board, bundles, run, config), writing(bundles):
+        result = _fit(trainer)
     if result.checkpoint is None:
         raise ResourceError(f"the training ended without a checkpoint; see {runs.storage}/{run}")
     with result.checkpoint.as_directory() as folder:
@@ -155,14 +155,17 @@ def _check_images(dataset: Dataset, config: Config) -> None:
         )
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt; Ray Train's handler stops the workers, exits with 0, and would stay for good."""
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    """Train. Ctrl-C is a KeyboardInterrupt, and an error that a user can mend is itself, out of Ray's wrapping."""
     ours = signal.getsignal(signal.SIGINT)
     try:
-        yield
-    except SystemExit:
+        return trainer.fit()
+    except SystemExit:  # Ray Train's handler of Ctrl-C stops the workers, exits with 0, and would stay for good
         raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as error:
+        failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+        causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+        raise next((cause for cause in causes if isinstance(cause, RayrecError | OSError)), error) from None
     finally:
         if signal.getsignal(signal.SIGINT) != ours:
             signal.signal(signal.SIGINT, ours)
