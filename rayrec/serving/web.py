@@ -204,6 +204,7 @@ def create_app(
         beating = asyncio.create_task(service.beat())
         yield
         beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
         await service.close()
 
     app = FastAPI(

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote
 
 from rayrec.errors import StateError, UsageError
@@ -96,8 +96,9 @@ class SqliteState:
     def __init__(self, path: Path, synchronous: str = "normal") -> None:
         self.path, self._synchronous = path, synchronous
         self._local = threading.local()
-        self._open: list[sqlite3.Connection] = []
+        self._open: list[_Connection] = []
         self._lock = threading.Lock()
+        self._closed = False
         self._create()
         self._key = self._secret("tombstones")
 
@@ -280,9 +281,11 @@ class SqliteState:
     def close(self) -> None:
         """See `protocol.State`."""
         with self._lock:
-            while self._open:
-                self._open.pop().close()
-            self._local = threading.local()
+            self._closed = True
+            for connection in self._open:
+                with connection.busy:  # SQLite crashes the process if a connection is closed while it works
+                    connection.db.close()
+            self._open.clear()
 
     # ------------------------------------------------------------ inside
 
@@ -322,44 +325,53 @@ class SqliteState:
                 owner[visitor] = row[0] if row else visitor
         return owner
 
-    def _connection(self) -> sqlite3.Connection:
-        db: sqlite3.Connection | None = getattr(self._local, "db", None)
-        if db is None:
-            db = sqlite3.connect(
-                self.path,
-                timeout=BUSY_TIMEOUT_S,
-                isolation_level=None,
-                check_same_thread=False,
-                cached_statements=64,
-            )
-            for pragma in ("journal_mode = WAL", f"synchronous = {self._synchronous}", "secure_delete = ON"):
-                db.execute(f"PRAGMA {pragma}")
-            self._local.db = db
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection, held for as long as it is used."""
+        own: _Connection | None = getattr(self._local, "own", None)
+        if own is None:
+            own = _Connection(self._connect(), threading.Lock())
             with self._lock:
-                self._open.append(db)
+                self._open.append(own)
+            self._local.own = own
+        with own.busy:
+            if self._closed:
+                raise StateError("the state was closed")
+            yield own.db
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        for pragma in ("journal_mode = WAL", f"synchronous = {self._synchronous}", "secure_delete = ON"):
+            db.execute(f"PRAGMA {pragma}")
         return db
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
         try:
-            yield self._connection()
+            with self._connection() as db:
+                yield db
         except sqlite3.Error as error:
             raise StateError(f"the state cannot be read ({error})") from error
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         try:
-            db = self._connection()
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+            with self._connection() as db:
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    db.execute("COMMIT")
+                except BaseException:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
         except sqlite3.Error as error:
             raise StateError(f"the state cannot be written ({error})") from error
+
+
+class _Connection(NamedTuple):
+    db: sqlite3.Connection
+    busy: threading.Lock
 
 
 def _rows(db: sqlite3.Connection, table: str, columns: Sequence[str], visitor: str) -> list[tuple[Any, ...]]:

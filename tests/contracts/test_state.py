@@ -231,6 +231,25 @@ def test_many_may_open_it_at_once(url: str) -> None:
         state.close()
 
 
+def use_for_ever(state: State) -> None:
+    while True:
+        state.append_events([view("u", "a", 1)])
+        history(state, "u")
+
+
+def test_it_may_be_closed_while_others_use_it(url: str) -> None:
+    for _ in range(10):
+        state = open_state(url)
+        with ThreadPoolExecutor(3) as pool:
+            users = [pool.submit(use_for_ever, state) for _ in range(3)]
+            time.sleep(0.02)
+            state.close()
+            state.close()
+            for user in users:
+                with pytest.raises(StateError, match="closed"):
+                    user.result(30)
+
+
 def write_until_killed(url: str, reported: mp.connection.Connection) -> None:
     state = open_state(url)
     for n in range(100_000):
