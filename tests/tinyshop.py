@@ -126,14 +126,14 @@ def write(folder: Path, *, image_size: int = 16, users: int = 60, seed: int = 0,
     table = sequences if sequences is not None else sequence_table(users, seed)
     items = item_table(table)
     shards = {"sequences": table, "items": items, "images": image_table(items, image_size)}
-    for name, content in shards.items():
+    for name, rows in shards.items():
         (folder / name).mkdir(parents=True)
-        half = -(-len(content) // 2)
+        half = -(-len(rows) // 2)
         for shard, start in enumerate((0, half)):
-            pq.write_table(content.slice(start, half), folder / name / f"{shard}.parquet")
+            pq.write_table(rows.slice(start, half), folder / name / f"{shard}.parquet")
     (folder / "vocab").mkdir()
-    for name, words in {"categories": ["", *COLOURS], "brands": ["", "even", "odd"]}.items():
-        (folder / "vocab" / f"{name}.json").write_text(json.dumps(words))
+    for name, content in {"categories": ["", *COLOURS], "brands": ["", "even", "odd"], "encoder": {}}.items():
+        (folder / "vocab" / f"{name}.json").write_text(json.dumps(content))
     manifest = {
         "format": FORMAT,
         "version": DATASET_VERSION,
