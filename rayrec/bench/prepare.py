@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,6 @@ N_ITEMS = 20_000
 BLOCK_EVENTS = 1_000_000
 SAMPLE_EVERY_S = 0.25
 
-_OURS = """
-import json, sys
-from rayrec.config import PrepareConfig
-from rayrec.data.pipelines import prepare
-report = prepare(sys.argv[1], sys.argv[2], PrepareConfig())
-print(json.dumps({"kept": report["events"]["kept"], "collapsed": report["events"]["collapsed"]}))
-"""
 _PANDAS = """
 import json, sys
 from rayrec.bench.prepare_pandas import prepare
@@ -47,34 +41,33 @@ def run(events: int, rounds: int) -> dict[str, Any]:
 
     Raises RuntimeError if the two do not keep the same number of rows.
     """
-    seconds: dict[str, list[float]] = {"rayrec": [], "pandas": []}
-    peak_mib: dict[str, list[float]] = {"rayrec": [], "pandas": []}
+    runs: dict[str, list[Measured]] = {"rayrec": [], "pandas": []}
     with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
         raw = Path(folder) / "raw"
         step(f"writing {events} events")
         write_log(raw, events)
         for round_ in range(rounds):
-            kept = {}
-            for name, code in (("rayrec", _OURS), ("pandas", _PANDAS)):
-                out = Path(folder) / f"{name}-{round_}"
-                took_s, mib, kept[name] = _measured([sys.executable, "-c", code, str(raw), str(out)])
-                seconds[name].append(round(took_s, 2))
-                peak_mib[name].append(round(mib))
-                step(f"round {round_ + 1}: {name:<6} {took_s:7.1f} s {mib:7.0f} MiB")
-            if kept["rayrec"] != kept["pandas"]:
-                raise RuntimeError(f"the two do not agree: {kept}")
-    median_s = {name: statistics.median(values) for name, values in seconds.items()}
+            for name, command in (("rayrec", ["-m", "rayrec", "prepare"]), ("pandas", ["-c", _PANDAS])):
+                out = str(Path(folder) / f"{name}-{round_}")
+                one = _measured([sys.executable, *command, str(raw), out, "--json"])
+                runs[name].append(one)
+                cost = f"{one.wall_s:7.1f} s, of CPU {one.cpu_s:7.1f} s, {one.peak_mib:6.0f} MiB"
+                step(f"round {round_ + 1}: {name} {cost}")
+            if runs["rayrec"][-1].answer != runs["pandas"][-1].answer:
+                raise RuntimeError(f"the two do not agree: {runs}")
+    median_s = {name: statistics.median(one.wall_s for one in each) for name, each in runs.items()}
+    cpu_s = {name: statistics.median(one.cpu_s for one in each) for name, each in runs.items()}
     ratio = median_s["rayrec"] / median_s["pandas"]
     step(f"{events} events: rayrec {median_s['rayrec']:.1f} s, pandas {median_s['pandas']:.1f} s, ratio {ratio:.2f}")
     return {
         "bench": "prepare",
         "events": events,
         "cpus": os.cpu_count(),
-        "seconds": seconds,
         "median_s": median_s,
+        "cpu_s": cpu_s,
         "ratio": round(ratio, 3),
-        "peak_pss_mib": {name: max(values) for name, values in peak_mib.items()},
-        "kept": kept["rayrec"],
+        "peak_pss_mib": {name: max(one.peak_mib for one in each) for name, each in runs.items()},
+        "runs": {name: [asdict(one) for one in each] for name, each in runs.items()},
     }
 
 
@@ -110,17 +103,29 @@ def _some_events(n: int, n_users: int, rng: np.random.Generator) -> pa.Table:
 # ---------------------------------------------------------------- measuring
 
 
-def _measured(command: list[str]) -> tuple[float, float, dict[str, int]]:
-    """Seconds, peak PSS in MiB of the process and all its descendants, and the last line it printed, as JSON."""
+@dataclass(frozen=True)
+class Measured:
+    """One run: wall and CPU seconds, peak PSS of the process and all its descendants, and the rows it counted."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: float
+    answer: dict[str, int]
+
+
+def _measured(command: list[str]) -> Measured:
     started = time.monotonic()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak_kib = 0
+    cpu_s: dict[int, float] = {}  # CPU time counts other programs out, where the machine is shared
     done = threading.Event()
 
     def watch() -> None:
         nonlocal peak_kib
         while not done.wait(SAMPLE_EVERY_S):
-            peak_kib = max(peak_kib, sum(_pss_kib(pid) for pid in _family(child.pid)))
+            family = _family(child.pid)
+            peak_kib = max(peak_kib, sum(_pss_kib(pid) for pid in family))
+            cpu_s.update(family)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -131,23 +136,29 @@ def _measured(command: list[str]) -> tuple[float, float, dict[str, int]]:
         watcher.join()
         child.kill()
     if child.returncode:
-        raise RuntimeError(f"{command[2][:40]}... failed with exit code {child.returncode}")
-    return time.monotonic() - started, peak_kib / 1024, json.loads(output.splitlines()[-1])
+        raise RuntimeError(f"{command[1:4]} failed with exit code {child.returncode}")
+    wall_s = time.monotonic() - started
+    answer = json.loads(output.splitlines()[-1])
+    counts = {name: answer.get("events", answer)[name] for name in ("kept", "collapsed")}
+    return Measured(wall_s, sum(cpu_s.values()), peak_kib / 1024, counts)
 
 
-def _family(root: int) -> set[int]:
-    """A process and all its descendants."""
+def _family(root: int) -> dict[int, float]:
+    """A process and all its descendants: the CPU seconds that each has used."""
     children: dict[int, list[int]] = {}
+    cpu_s: dict[int, float] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            fields = stat.read_text().rpartition(")")[2].split()  # from the third field of proc(5) on
         except OSError:
             continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    family, waiting = set(), [root]
+        pid = int(stat.parent.name)
+        children.setdefault(int(fields[1]), []).append(pid)
+        cpu_s[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    family, waiting = {}, [root]
     while waiting:
         pid = waiting.pop()
-        family.add(pid)
+        family[pid] = cpu_s.get(pid, 0.0)
         waiting += children.get(pid, [])
     return family
 
