@@ -97,6 +97,10 @@ class Terminal:
                 continue
         return found
 
+    def values_of(self, variable: str) -> set[str]:
+        """What an environment variable is in the processes, where it is set."""
+        return {process.environ().get(variable, "") for process in self.processes()} - {""}
+
     def left(self, within_s: float = 30) -> list[str]:
         """Command lines of the processes that are still there after so long."""
         deadline = time.monotonic() + within_s
