@@ -12,12 +12,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
+
+import rayrec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MARK = "RAYREC_TEST_MARK"
@@ -57,7 +60,7 @@ class Terminal:
             **inherited,
             "HOME": str(home),
             "RAY_TMPDIR": str(self.folder),
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": str(Path(rayrec.__file__).parents[1]),  # the one under test, installed or not
             "COLUMNS": "200",
             MARK: self.mark,
             **env,
@@ -99,7 +102,11 @@ class Terminal:
 
     def values_of(self, variable: str) -> set[str]:
         """What an environment variable is in the processes, where it is set."""
-        return {process.environ().get(variable, "") for process in self.processes()} - {""}
+        found = set()
+        for process in self.processes():
+            with suppress(psutil.Error):
+                found.add(process.environ().get(variable, ""))
+        return found - {""}
 
     def left(self, within_s: float = 30) -> list[str]:
         """Command lines of the processes that are still there after so long."""

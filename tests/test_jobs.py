@@ -1,0 +1,148 @@
+"""The jobs for real: a head of its own, `ray job submit`, and the whole way from raw folder to live endpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import sys
+import sysconfig
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from terminal import REPOSITORY, TINY_PREPARE, TINY_TRAIN, Ran, Terminal
+
+RAY = Path(sysconfig.get_path("scripts")) / "ray"
+
+
+def free_ports(n: int) -> list[int]:
+    probes = [socket.socket() for _ in range(n)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+class Head:
+    """`ray start --head` on free ports, and jobs submitted to it."""
+
+    def __init__(self, terminal: Terminal, working_dir: Path) -> None:
+        self.terminal, self.working_dir = terminal, working_dir
+        port, dashboard, client, grpc, listen = free_ports(5)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        ran = terminal.run(
+            RAY, "start", "--head", "--num-cpus=3", f"--port={port}", f"--ray-client-server-port={client}",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-grpc-port={grpc}",
+            f"--dashboard-agent-listen-port={listen}", "--disable-usage-stats",
+        )  # fmt: skip
+        assert ran.code == 0, ran.out + ran.err
+
+    def submit(self, job: str, *arguments: object, wait: bool = True, name: str = "") -> Ran:
+        """`ray job submit`, as the README has it."""
+        return self.terminal.run(
+            RAY, "job", "submit", "--address", self.address, "--working-dir", self.working_dir,
+            "--submission-id", name or f"test-{uuid.uuid4().hex[:8]}", *([] if wait else ["--no-wait"]), "--",
+            sys.executable, f"jobs/{job}.py", *arguments,
+        )  # fmt: skip
+
+    def job(self, command: str, name: str) -> Ran:
+        """`ray job status`, `ray job stop`, `ray job logs`."""
+        return self.terminal.run(RAY, "job", command, "--address", self.address, name)
+
+
+@pytest.fixture(scope="module")
+def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `--working-dir .` sends of a clean checkout: the code."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("rayrec", "jobs"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head(working_dir: Path) -> Iterator[Head]:
+    with Terminal(PYTHONPATH="") as terminal:  # jobs find rayrec in the working folder, as on a cluster
+        try:
+            yield Head(terminal, working_dir)
+        finally:
+            # Not `ray stop`, which would stop the cluster that other tests share: it looks for Ray by name.
+            for process in terminal.processes():
+                process.terminate()
+            assert terminal.left() == []
+
+
+def last_json(ran: Ran) -> Any:
+    """The last line that is JSON: Ray's own words come after the job's."""
+    lines = [line for line in ran.out.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1])
+
+
+@pytest.mark.ray
+def test_a_relative_path_is_refused_with_the_reason(head: Head) -> None:
+    for job, arguments in (
+        ("prepare", ("shop", "/tmp/dataset")),
+        ("train", ("/tmp/dataset", "bundles")),
+        ("evaluate", ("bundles", "/tmp/dataset")),
+        ("serve", ("./bundles",)),
+    ):
+        ran = head.submit(job, *arguments)
+        assert ran.code != 0
+        assert re.search(r"rayrec: \S+: a relative path\. A submitted job runs in a copy of your folder", ran.out), ran
+        assert "Traceback" not in ran.out
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_from_raw_folder_to_live_endpoint(head: Head, tiny_shop: Path, tmp_path: Path) -> None:
+    dataset, bundles = tmp_path / "dataset", tmp_path / "bundles"
+
+    ran = head.submit("prepare", tiny_shop, dataset, *TINY_PREPARE, "--json")
+    assert ran.code == 0, ran.out
+    assert last_json(ran)["events"]["kept"] == 1500
+    assert not re.search(r"Started a local Ray instance", ran.out), "it must join the cluster it was submitted to"
+
+    ran = head.submit("train", dataset, bundles, *TINY_TRAIN, "--workers", 2, "--json")
+    assert ran.code == 0, ran.out
+    assert last_json(ran)["version"] == (bundles / "CURRENT").read_text().strip()
+
+    ran = head.submit("evaluate", bundles, dataset, "--json")
+    assert ran.code == 0, ran.out
+    assert last_json(ran)["items"] == 24
+
+    (port,) = free_ports(1)
+    served = f"serve-{uuid.uuid4().hex[:8]}"
+    ran = head.submit("serve", bundles, "--port", port, "--set", "replica_cpus=0.5", wait=False, name=served)
+    assert ran.code == 0, ran.out
+    url = f"http://127.0.0.1:{port}"
+    wait_for(url, head, served)
+    answer = httpx.post(f"{url}/v1/recommend", json={"user_id": "u", "k": 3}, timeout=20).json()
+    assert len(answer["items"]) == 3
+
+    assert head.job("stop", served).code == 0
+    deadline = time.monotonic() + 60
+    while head.terminal.has("haproxy") or head.terminal.has("ray::ServeReplica"):
+        assert time.monotonic() < deadline, "the service outlives its job"
+        time.sleep(0.5)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{url}/healthz", timeout=2)
+
+
+def wait_for(url: str, head: Head, job: str) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline, head.job("logs", job).out
+        time.sleep(0.5)
