@@ -27,6 +27,7 @@ from rayrec.config import PrepareConfig, with_settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.mapping import Mapping
 from rayrec.data.pipelines import prepare
+from rayrec.data.sample import SampleConfig, write_shop
 from rayrec.data.sources import import_source
 from rayrec.errors import DataError, ResourceError, UsageError
 from rayrec.schema import EVENT_SCHEMA, ITEM_SCHEMA, REJECT_SCHEMA, SEQUENCE_SCHEMA
@@ -113,6 +114,24 @@ def test_a_dirty_log_is_cleaned_to_the_row(tmp_path: Path) -> None:
     assert sorted(dataset.catalogue().ids[1:]) == ["000", "001", "002", "003", "009"]
     assert dataset.vocab("categories")[0] == ""
     assert dataset.catalogue().n_train.sum() == 5 * 2
+
+
+def test_the_dirt_of_the_sample_shop_is_found_and_nothing_else(tmp_path: Path) -> None:
+    made = write_shop(tmp_path / "shop", SampleConfig(users=120, items=40, events=4000, dirty=True, image_size=32))
+    report = run(tmp_path / "shop", tmp_path / "ds", "images.size=16")
+    check(tmp_path / "ds", report)
+    dirt = made.dirt
+    assert report["events"]["read"] == made.rows
+    assert report["events"]["collapsed"] == dirt["duplicate"]
+    assert report["events"]["kept"] == made.events
+    assert report["events"]["rejected"] == {
+        "bad_time": dirt["bad_time"], "bot": dirt["bot"], "impossible_price": dirt["bad_price"],
+        "impossible_quantity": dirt["bad_quantity"], "no_item": dirt["empty_item"], "no_time": dirt["empty_time"],
+        "no_user": dirt["empty_visitor"], "time_out_of_window": dirt["future_time"] + dirt["ancient_time"],
+        "truncated_line": dirt["truncated_line"], "unknown_action": dirt["unknown_action"],
+    }  # fmt: skip
+    assert report["sessions"] == made.anonymous
+    assert sum(report["images"]["rejected"].values()) == dirt["image_cut_short"] + dirt["image_is_text"]
 
 
 def test_the_form_of_the_input_does_not_matter(tmp_path: Path) -> None:
