@@ -64,7 +64,7 @@ def train_worker(given: dict[str, Any]) -> None:
     job: Job = ray.get(given["job"])
     context = ray.train.get_context()
     if not job.config.train.gpu:
-        torch.set_num_threads(max(1, _cores() // context.get_local_world_size()))
+        torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
     checkpoint = ray.train.get_checkpoint()
     with tempfile.TemporaryDirectory() as scratch:
         peers = RayPeers(given["board"])
@@ -72,7 +72,8 @@ def train_worker(given: dict[str, Any]) -> None:
         Fit(job, RayFeed(), peers, resume).run()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
