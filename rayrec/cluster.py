@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import ray
@@ -20,6 +21,8 @@ import ray
 from rayrec.errors import ResourceError, UsageError
 
 REACH_S = 5.0
+LEAST_CPUS = 2
+"""A local Ray counts on at least so many, even on one core: a worker that trains, and a task that feeds it."""
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job, and for nothing else."""
 
@@ -40,7 +43,7 @@ def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None) -
                 address=address,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                num_cpus=num_cpus if address == "local" else None,
+                num_cpus=(num_cpus or max(LEAST_CPUS, os.cpu_count() or 1)) if address == "local" else None,
                 runtime_env={"env_vars": dict(env)} if env and address != "local" else None,
             )
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
@@ -105,9 +108,10 @@ def submitted() -> bool:
     return "job_submission_id" in config.get("metadata", {})
 
 
-def require_absolute(*paths: str) -> None:
+def require_absolute(*paths: str | Path | None) -> None:
     """Raise UsageError for a relative path in a submitted job, which starts in a copy of the working folder."""
-    relative = [path for path in paths if "://" not in path and not path.startswith("/")]
+    given = [str(path) for path in paths if path is not None]
+    relative = [path for path in given if "://" not in path and not path.startswith("/")]
     if relative and submitted():
         raise UsageError(
             f"{', '.join(relative)}: a relative path. A submitted job runs in a copy of your folder on the cluster, "
