@@ -146,7 +146,7 @@ def train(
     from rayrec.cluster import disconnect, require_absolute
     from rayrec.training.trainer import train as run
 
-    require_absolute(dataset, bundles)
+    require_absolute(dataset, bundles, from_)
     given = {"workers": workers, "epochs": epochs, "seed": seed, "gpu": gpu or None}
     options = [f"train.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     config: Config = with_settings(preset(preset_), [*options, *(set_ or [])])
@@ -172,7 +172,7 @@ def evaluate(
     from rayrec.evaluation.table import table_lines
     from rayrec.serving.judging import judge
 
-    require_absolute(bundle, dataset, *([str(report)] if report else []))
+    require_absolute(bundle, dataset, report)
     try:
         result = judge(bundle, dataset, split.value, report)
     finally:
@@ -198,7 +198,7 @@ def serve(
     from rayrec.cluster import require_absolute
     from rayrec.serving.app import run_server
 
-    require_absolute(bundle)
+    require_absolute(bundle, state and state.removeprefix("sqlite:///"))
     given = {"min_replicas": min_replicas, "max_replicas": max_replicas}
     options = [f"autoscale.{name}={value}" for name, value in given.items() if value is not None]
     config: ServeConfig = with_settings(ServeConfig(), [*options, *(set_ or [])])

@@ -83,6 +83,27 @@ def test_wrong_usage_exits_2_with_one_message(rayrec: Command, tmp_path: Path, l
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "prepare shop /tmp/dataset",
+        "prepare /tmp/shop dataset",
+        "train dataset /tmp/bundles",
+        "train /tmp/dataset ./bundles",
+        "train /tmp/dataset /tmp/bundles --from bundles",
+        "evaluate bundles /tmp/dataset",
+        "evaluate /tmp/bundles /tmp/dataset --report report.html",
+        "serve bundles",
+        "serve /tmp/bundles --state sqlite:///state.db",
+    ],
+)
+def test_a_submitted_job_refuses_a_relative_path(rayrec: Command, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}}))
+    ran = rayrec(*line.split())
+    assert ran.code == 2, ran.err
+    assert re.search(r"^rayrec: \S+: a relative path\. A submitted job", ran.err)
+
+
+@pytest.mark.parametrize(
     ("error", "code"),
     [(UsageError, 2), (DataError, 1), (BundleError, 1), (ResourceError, 1), (StateError, 1)],
 )

@@ -88,16 +88,10 @@ def last_json(ran: Ran) -> Any:
 
 @pytest.mark.ray
 def test_a_relative_path_is_refused_with_the_reason(head: Head) -> None:
-    for job, arguments in (
-        ("prepare", ("shop", "/tmp/dataset")),
-        ("train", ("/tmp/dataset", "bundles")),
-        ("evaluate", ("bundles", "/tmp/dataset")),
-        ("serve", ("./bundles",)),
-    ):
-        ran = head.submit(job, *arguments)
-        assert ran.code != 0
-        assert re.search(r"rayrec: \S+: a relative path\. A submitted job runs in a copy of your folder", ran.out), ran
-        assert "Traceback" not in ran.out
+    ran = head.submit("prepare", "shop", "/tmp/dataset")
+    assert ran.code != 0
+    assert "rayrec: shop: a relative path. A submitted job runs in a copy of your folder" in ran.out
+    assert "Traceback" not in ran.out
 
 
 @pytest.mark.ray
