@@ -169,7 +169,8 @@ class ItemEncoder(nn.Module):
     def images(self, items: ItemTable, item_M: Tensor) -> Tensor:
         """Picture vectors, with gradient, of items that have a picture. [M] int64 -> [M, D]."""
         assert self.cnn is not None
-        return self.cnn(items.pixels_MCSS[items.image_row_N[item_M]])
+        # float: mixed precision computes in bf16, the table is float32.
+        return self.cnn(items.pixels_MCSS[items.image_row_N[item_M]]).float()
 
     @torch.no_grad()
     def refresh_images(self, items: ItemTable, batch: int = 512) -> None:
@@ -228,7 +229,9 @@ class BehaviourLSTM(nn.Module):
         """[B, L, D] item vectors -> [B, L, D]; entry l has read events 0..l."""
         gap_BL = torch.log2(history.gap_s_BL + 1).long().clamp_(max=GAP_BUCKETS - 1)
         step_BLD = item_BLD + self.action(history.action_BL) + self.gap(gap_BL)
-        state_BLH, _ = self.lstm(self.dropout(step_BLD))
+        # A recurrence adds up bf16's rounding over every step (and not every CPU has a bf16 LSTM): keep it in float32.
+        with torch.autocast(step_BLD.device.type, enabled=False):
+            state_BLH, _ = self.lstm(self.dropout(step_BLD.float()))
         return self.project(self.dropout(state_BLH)) + self.residual * item_BLD
 
 
