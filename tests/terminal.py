@@ -70,8 +70,12 @@ class Terminal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for process in self.processes():
-            process.kill()
+        deadline = time.monotonic() + 20
+        while (found := self.processes()) and time.monotonic() < deadline:  # some are restarted by others
+            for process in found:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.1)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def rayrec(self, *arguments: object, timeout_s: float = 240) -> Ran:
