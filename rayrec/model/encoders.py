@@ -197,7 +197,7 @@ class ItemEncoder(nn.Module):
         if self.cnn is not None:
             image_ND = self.image_ND
             if fresh_M is not None and len(fresh_M):
-                fresh_MD = self.images(items, fresh_M).float()  # half precision does not fit the table
+                fresh_MD = self.images(items, fresh_M)
                 image_ND = image_ND.index_put((fresh_M,), fresh_MD)
                 self.image_ND[fresh_M] = fresh_MD.detach()
             vector_RD = vector_RD + image_ND[rows]

@@ -5,6 +5,7 @@ In: a dataset folder and settings. Out: a published bundle. Everything that is l
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -42,6 +43,10 @@ MIN_CPU_A_WORKER = 0.25
 # time of CPU training; keep them.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
+# How often Ray Train asks its workers for reports. At its default of 2 s short epochs wait for it, and an epoch that
+# was reported just before a worker failed is lost.
+POLL = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
 
 def train(
     dataset_path: str,
@@ -72,6 +77,7 @@ def train(
     run = unfinished or runs.begin(config)  # only now: what cannot start must not take the place of what can go on
     step(f"train: preset {config.preset}, {config.train.workers} worker(s), {len(catalogue)} items, run {run}")
     job = Job(config, dataset_path, facts.first_stage, facts.rows, source)
+    os.environ.setdefault(*POLL)
     board = Board.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         train_worker,
