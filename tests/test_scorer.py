@@ -50,8 +50,7 @@ def test_candidates_rank_above_all_others_in_the_order_of_the_fusion(scorer: Sco
     assert np.isneginf(scores_BN[:, 0]).all()
     assert np.isfinite(scores_BN[:, 1:]).all()
     model_BN = scorer.user_vectors(history) @ scorer.vectors_ND.T
-    model_BN[:, 0] = -np.inf
-    candidate_BC, _ = scorer._retrieve(history, model_BN)
+    candidate_BC, _ = scorer.candidates(history)
     fused_BC = scorer.fuse(history, scorer.user_vectors(history), candidate_BC, {"next": 1.0})
     for row in range(3):
         chosen = candidate_BC[row][candidate_BC[row] > 0]

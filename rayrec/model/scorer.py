@@ -85,8 +85,7 @@ class Scorer:
         -> [B, N + 1] float32; column 0 is -inf.
         """
         user_BD = self.user_vectors(history)
-        model_BN = user_BD @ self.vectors_ND.T
-        model_BN[:, 0] = -np.inf
+        model_BN = self._by_model(user_BD)
         if not self.fused:
             return model_BN
         candidates_BC, follow_BC2 = self._retrieve(history, model_BN)
@@ -100,7 +99,13 @@ class Scorer:
 
     def candidates(self, history: HistoryBatch) -> tuple[Ints, Floats]:
         """What retrieval returns, and each candidate's transition count and share. [B, C] int64, [B, C, 2]."""
-        return self._retrieve(history, self.user_vectors(history) @ self.vectors_ND.T)
+        return self._retrieve(history, self._by_model(self.user_vectors(history)))
+
+    def _by_model(self, user_BD: Floats) -> Floats:
+        """Inner products with every item; -inf for padding. [B, N + 1] float32."""
+        model_BN: Floats = user_BD @ self.vectors_ND.T
+        model_BN[:, 0] = -np.inf
+        return model_BN
 
     def _retrieve(self, history: HistoryBatch, model_BN: Floats) -> tuple[Ints, Floats]:
         count_BN, share_BN = self._transitions.scores(history)
