@@ -54,7 +54,7 @@ class Bundle:
 
         Raises UsageError if there is nothing there, BundleError if it is incomplete, changed or of another version.
         """
-        uri, folder = _local_copy(str(path)) if is_uri(path) else (None, resolve(Path(path)))
+        uri, folder = _local_copy(str(path)) if is_uri(path) else (None, resolve(Path(path)).absolute())
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
         except ValueError:

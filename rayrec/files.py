@@ -20,6 +20,11 @@ def is_uri(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def absolute(path: str | Path) -> str:
+    """A path that means the same in every process of this machine; a URI stays as it is."""
+    return str(path).rstrip("/") if is_uri(path) else str(Path(path).absolute())
+
+
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path within it, of a local path or a URI.
 

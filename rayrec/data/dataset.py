@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 
 from rayrec.catalogue import Catalogue
 from rayrec.errors import DataError, UsageError
-from rayrec.files import filesystem
+from rayrec.files import absolute, filesystem
 from rayrec.schema import DATASET_VERSION, IMAGE_SCHEMA, SEQUENCE_SCHEMA
 
 FORMAT = "rayrec-dataset"
@@ -37,7 +37,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset. `path` is a local folder or a URI, without a trailing slash."""
+    """A prepared dataset. `path` is an absolute local folder or a URI, without a trailing slash."""
 
     path: str
     manifest: dict[str, Any]
@@ -48,7 +48,7 @@ class Dataset:
 
         Raises UsageError if there is nothing at `path`, DataError if it is no dataset or of another version.
         """
-        path = path.rstrip("/")
+        path = absolute(path)
         fs, root = filesystem(path)
         if fs.get_file_info(root).type == pafs.FileType.NotFound:
             raise UsageError(f"{path}: no such dataset; make one with: rayrec prepare RAW {path}")

@@ -28,6 +28,7 @@ from rayrec import cluster
 from rayrec.bundle import Bundle
 from rayrec.config import ServeConfig
 from rayrec.errors import ResourceError, UsageError
+from rayrec.files import absolute
 from rayrec.progress import step
 from rayrec.serving.guard import is_loopback
 from rayrec.state import absolute_url, open_state
@@ -55,7 +56,7 @@ def served(
     """
     url = _checked_address(host, port)
     bundle_path = str(Bundle.open(bundle_path).path.absolute())  # one version for all replicas, wherever they run
-    state_url = absolute_url(state_url)
+    bundle_path, state_url = absolute(bundle_path), absolute_url(state_url)  # replicas run in another folder
     open_state(state_url).close()
     folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir="/tmp"))  # HAProxy's socket paths end at 97 characters
     settings = proxy_settings(folder)

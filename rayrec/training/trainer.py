@@ -26,7 +26,7 @@ from rayrec.cluster import connect
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError, RayrecError, ResourceError, UsageError, writing
-from rayrec.files import filesystem
+from rayrec.files import absolute, filesystem
 from rayrec.model.paper import IMAGE_SIZE
 from rayrec.progress import Task, step
 from rayrec.training.fit import Job
@@ -73,10 +73,11 @@ def train(
     connect()
     resources = worker_resources(config, wait_s)
     facts = survey(dataset, len(catalogue), config)
-    source = str(Bundle.open(start_from).path) if start_from else None
+    if start_from:
+        Bundle.open(start_from)  # a broken one is refused here, not in a worker
     run = unfinished or runs.begin(config)  # only now: what cannot start must not take the place of what can go on
     step(f"train: preset {config.preset}, {config.train.workers} worker(s), {len(catalogue)} items, run {run}")
-    job = Job(config, dataset_path, facts.first_stage, facts.rows, source)
+    job = Job(config, dataset.path, facts.first_stage, facts.rows, absolute(start_from) if start_from else None)
     os.environ.setdefault(*POLL)
     board = Board.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
