@@ -28,7 +28,6 @@ from rayrec import cluster
 from rayrec.bundle import Bundle
 from rayrec.config import ServeConfig
 from rayrec.errors import ResourceError, UsageError
-from rayrec.files import absolute
 from rayrec.progress import step
 from rayrec.serving.guard import is_loopback
 from rayrec.state import absolute_url, open_state
@@ -55,8 +54,9 @@ def served(
     port in use or a cluster that is too small.
     """
     url = _checked_address(host, port)
-    bundle_path = str(Bundle.open(bundle_path).path.absolute())  # one version for all replicas, wherever they run
-    bundle_path, state_url = absolute(bundle_path), absolute_url(state_url)  # replicas run in another folder
+    bundle = Bundle.open(bundle_path)
+    bundle_path = bundle.uri or str(bundle.path)  # one version for all replicas, whatever is published meanwhile
+    state_url = absolute_url(state_url)
     open_state(state_url).close()
     folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir="/tmp"))  # HAProxy's socket paths end at 97 characters
     settings = proxy_settings(folder)
