@@ -30,8 +30,8 @@ def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None
     Raises DataError if the bundle was trained on other items than the dataset holds, UsageError at once if there is
     no folder for `report`, ResourceError if the figures cannot be written.
     """
-    if report is not None and not report.absolute().parent.is_dir():
-        raise UsageError(f"{report}: there is no folder {report.absolute().parent}; make it first")
+    if report is not None:
+        _require_place(report)
     bundle, dataset = Bundle.open(bundle_path), Dataset.open(dataset_path)
     n_items = len(bundle.catalogue)
     if not bundle.catalogue.table["item_id"].equals(dataset.catalogue().table["item_id"]):
@@ -47,6 +47,15 @@ def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None
         )
     _keep(bundle, split, result, {"dataset": dataset.manifest.get("counts", {}), "bundle": _facts(bundle)}, report)
     return result
+
+
+def _require_place(report: Path) -> None:
+    """Know before the work, not after it, that its report can be written."""
+    folder = report.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{report}: there is no folder {folder}; make it first")
+    with writing(report), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _facts(bundle: Bundle) -> dict[str, Any]:

@@ -6,6 +6,7 @@ In: a BUNDLES folder or URI. Out: names of runs. It must not know what a run doe
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 from rayrec.config import Config
 from rayrec.errors import ResourceError, UsageError
 from rayrec.files import filesystem
+
+LEAST_ROOM_BYTES = 32 * 1024 * 1024
+"""Checkpoints and bundle of a small model. With less it is kinder to say so at once than after an epoch."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,8 @@ class Runs:
                 stream.write(json.dumps(content).encode())
         except OSError as error:
             raise ResourceError(f"{self.bundles}: cannot write here ({error})") from None
+        if "://" not in self.bundles and (free := shutil.disk_usage(root).free) < LEAST_ROOM_BYTES:
+            raise ResourceError(
+                f"{self.bundles}: {free >> 20} MiB are free and a training needs {LEAST_ROOM_BYTES >> 20}; free space, "
+                "or name another place"
+            )
