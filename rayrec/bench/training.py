@@ -24,6 +24,9 @@ EPOCHS = 4
 IMAGE_SIZE = 32
 SETTINGS = (f"train.epochs={EPOCHS}", f"train.patience={EPOCHS}", "train.fusion_epochs=0", "train.tracker=[]")
 
+# Ray gives its workers a low priority; with it whatever else the machine does would count against one side alone.
+ENVIRONMENT = {**ALLOCATOR, "RAY_worker_niceness": "0"}
+
 _BEGIN = """
 import json, sys
 from pathlib import Path
@@ -59,17 +62,15 @@ def run(events: int, rounds: int) -> dict[str, Any]:
             for name, code in (("ray", _RAY), ("plain", _PLAIN)):
                 lines = _train(code, dataset.path, f"{folder}/{name}-{round_}")
                 found[name].append(figures(lines))
-                step(f"round {round_ + 1}: {name:<5} " + "  ".join(f"{k} {v:.3g}" for k, v in found[name][-1].items()))
+                step(f"round {round_ + 1}: {describe(name, found[name][-1])}")
     medians = {
         name: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for name, runs in found.items()
     }
     ratio = medians["ray"]["rows_per_s"] / medians["plain"]["rows_per_s"]
     first = medians["ray"]["first_epoch_rows_per_s"] / medians["plain"]["first_epoch_rows_per_s"]
     wait = medians["ray"]["wait_share"]
-    step("              rows/s   waiting   first epoch rows/s")
     for name, one in medians.items():
-        waiting = 100 * one["wait_share"]
-        step(f"{name:<10}{one['rows_per_s']:>10.0f}{waiting:>9.1f}%{one['first_epoch_rows_per_s']:>21.0f}")
+        step(f"median:  {describe(name, one)}")
     step(
         f"Ray Train / plain torch {ratio:.3f} (first epoch {first:.3f}); waiting for data {100 * wait:.1f}% of the time"
     )
@@ -84,6 +85,14 @@ def run(events: int, rounds: int) -> dict[str, Any]:
         "first_epoch_ratio": round(first, 3),
         "wait_share": round(wait, 4),
     }
+
+
+def describe(name: str, one: dict[str, float]) -> str:
+    """One run, or the median, in a line."""
+    return (
+        f"{name:<6}{one['rows_per_s']:7.0f} rows/s, {100 * one['wait_share']:4.1f}% waiting; "
+        f"first epoch {one['first_epoch_rows_per_s']:.0f} rows/s"
+    )
 
 
 def figures(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -101,7 +110,7 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, float]:
 def _train(code: str, dataset: str, out: str) -> list[dict[str, Any]]:
     """One training in a process of its own: a line for each epoch."""
     command = [sys.executable, "-c", code, dataset, out, *SETTINGS]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ALLOCATOR}, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}, check=False)
     if done.returncode:
         raise RuntimeError(f"the training in {out} failed with exit code {done.returncode}")
     lines: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
