@@ -228,7 +228,7 @@ def test_port_in_use(rayrec: Command, tiny_bundles: Path) -> None:
         port = other.getsockname()[1]
         started = time.monotonic()
         ran = rayrec("serve", tiny_bundles, "--port", port)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 20
     refused(ran, FAILED, f"127.0.0.1:{port}", "another --port")
 
 
@@ -311,7 +311,7 @@ def test_read_only_folder(
     ran = rayrec(command, *to_write(command, read_only))
     refused(ran, ran.code, str(read_only))
     assert ran.code in (FAILED, WRONG_USAGE)
-    assert time.monotonic() - started < 10, "it should be known before the work"
+    assert time.monotonic() - started < 30, "it should be known before the work"
 
 
 @pytest.mark.ray
