@@ -27,11 +27,12 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job, and for nothing else."""
 
 
-def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None) -> None:
+def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None, *, dashboard: bool = True) -> None:
     """Initialise Ray unless it is already. Raises ResourceError if no cluster can be reached or started.
 
     env: environment variables for the processes that this one starts on a cluster that runs already; those of a
     local Ray inherit `os.environ`.
+    dashboard: start it with a local Ray; Ray Train and Ray Serve ask it for what they know, Ray Data does not.
     """
     if ray.is_initialized():
         return
@@ -43,6 +44,7 @@ def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None) -
                 address=address,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
+                include_dashboard=dashboard if address == "local" else None,
                 num_cpus=(num_cpus or max(LEAST_CPUS, os.cpu_count() or 1)) if address == "local" else None,
                 runtime_env={"env_vars": dict(env)} if env and address != "local" else None,
             )

@@ -47,6 +47,7 @@ def run(work: Path, port: int, leave: bool) -> dict[str, Any]:
     with _chapter(1, "a sample shop whose right answers are known"):
         write_shop(raw, SampleConfig())
     try:
+        cluster.connect()  # one Ray for all three, with all that training asks of it
         with _chapter(2, "prepare: clean logs, catalogue and pictures with Ray Data"):
             report = prepare(str(raw), str(dataset), PrepareConfig())
         with _chapter(3, "train: CNN + LSTM + fusion with Ray Train"):

@@ -76,7 +76,7 @@ def prepare(raw: str, dataset: str, config: PrepareConfig, mapping: Mapping | No
     staging = Staging(dataset)
     try:
         with staging as out:
-            connect()
+            connect(dashboard=False)
             _quiet()
             size = text_bytes(found.events)
             tasks = tuple(tuple(task) for task in plan(found.fs, found.events, 2 * cpus()))

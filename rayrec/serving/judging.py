@@ -39,7 +39,7 @@ def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None
             f"{bundle.path} was trained on other items than {dataset.path} holds ({n_items} items in the bundle); "
             "evaluate it on the dataset it was trained on, or train again"
         )
-    connect()
+    connect(dashboard=False)
     batch = max(1, min(256, SCORES_AT_ONCE // (n_items + 1)))
     with timed(f"evaluate: {split} split, full ranking over {n_items} items"):
         result = evaluate(
