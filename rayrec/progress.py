@@ -24,6 +24,7 @@ class Task:
     def __init__(self, title: str, total: int | None = None) -> None:
         self.title, self.total, self.done, self.note = title, total, 0, ""
         self._started = self._last_line = time.monotonic()
+        self._said: tuple[str, int, int | None] | None = None
         self._bar: Progress | None = None
 
     def __enter__(self) -> Task:
@@ -54,7 +55,12 @@ class Task:
             self._line()
 
     def _line(self) -> None:
+        """Print how far it is, unless the last line said the same."""
         self._last_line = time.monotonic()
+        said = (self.title, self.done, self.total)
+        if said == self._said:
+            return
+        self._said = said
         of_total = f"/{self.total}" if self.total is not None else ""
         seconds = self._last_line - self._started
         print(f"{self.title}: {self.done}{of_total} {seconds:.0f}s {self.note}".rstrip(), file=sys.stderr, flush=True)
@@ -68,7 +74,7 @@ class Task:
 
 def step(text: str) -> None:
     """Say in one line what happens now."""
-    _console.print(text, highlight=False, markup=False)
+    _console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
