@@ -64,6 +64,16 @@ def _require_listener(address: str) -> None:
         raise ResourceError(f"no Ray cluster at {address} (RAY_ADDRESS): {error}") from None
 
 
+def quiet_data() -> None:
+    """Ray Data shows no bars and no notes of its own: ours are enough."""
+    from ray.data import DataContext  # dear to import, and not every command uses it
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
 def disconnect() -> None:
     """Leave the cluster; a local one that `connect` started stops."""
     with unbroken():

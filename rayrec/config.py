@@ -159,7 +159,9 @@ class TrainConfig(Settings):
     batch_size: int = Field(128, ge=1, description="sequences (fusion) or samples (paper) a step and worker")
     lr: float = Field(3e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
-    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the rate climbs")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the rate climbs (cosine)")
+    clip_norm: float = Field(5.0, ge=0, description="longest gradient; 0 is off")
     patience: int = Field(3, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     valid_users: int = Field(2000, ge=1, description="users sampled for validation after each epoch")
     image_budget: int = Field(48, ge=0, description="distinct images encoded with gradient a step")
@@ -194,7 +196,9 @@ PRESETS: dict[str, Config] = {
     "paper": Config(
         preset="paper",
         model=ModelConfig(kind="paper", max_len=50, image_size=128),
-        train=TrainConfig(epochs=10, batch_size=32, lr=1e-3, weight_decay=0.0, patience=10),
+        train=TrainConfig(
+            epochs=10, batch_size=32, lr=1e-3, weight_decay=0.0, schedule="constant", clip_norm=0.0, patience=10
+        ),
     ),
 }
 """`small`: the default, good on two cores. `base`: for GPUs. `paper`: the founding model to the letter."""

@@ -7,7 +7,6 @@ joined with the pictures, a tensor beside every row through Ray Data, each row's
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayrec.bench.dataset_made import N_ITEMS, draw_items
-from rayrec.cluster import connect, cpus
+from rayrec.cluster import connect, cpus, quiet_data
 from rayrec.config import ModelConfig
 from rayrec.model.encoders import ImageCNN
 from rayrec.progress import step
@@ -62,9 +61,7 @@ class WantsByPicture(nn.Module):
 def run(events: int, rounds: int) -> dict[str, Any]:
     """Train an epoch over `events` log rows both ways, `rounds` times in turn; prints and answers the medians."""
     connect()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet_data()
     torch.set_num_threads(max(1, cpus() - 1))  # a CPU is left for Ray Data, on both sides
     rng = np.random.default_rng(0)
     pixels_MHWC = rng.integers(0, 256, (N_ITEMS, SIZE, SIZE, 3), np.uint8)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import logging
 import pickle
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec import __version__
-from rayrec.cluster import connect, cpus
+from rayrec.cluster import connect, cpus, quiet_data
 from rayrec.config import PrepareConfig, with_settings
 from rayrec.data.catalogue_files import RawCatalogue, read_catalogue
 from rayrec.data.clock import Clock, detect_clock
@@ -77,7 +76,7 @@ def prepare(raw: str, dataset: str, config: PrepareConfig, mapping: Mapping | No
     try:
         with staging as out:
             connect(dashboard=False)
-            _quiet()
+            quiet_data()
             size = text_bytes(found.events)
             tasks = tuple(tuple(task) for task in plan(found.fs, found.events, 2 * cpus()))
             partitions = config.shards or max(-(-size // PARTITION_BYTES), min(cpus(), len(tasks)))
@@ -270,16 +269,6 @@ def _outcome(work: Callable[[int], R], number: int) -> R | Exception:
         return work(number)
     except (RayrecError, OSError) as error:
         return error
-
-
-def _quiet() -> None:
-    """Our own progress is enough."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 # ---------------------------------------------------------------- before the first task

@@ -13,6 +13,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from rayrec.cluster import quiet_data
 from rayrec.data.dataset import Dataset
 from rayrec.evaluation.floors import Ranker
 from rayrec.evaluation.replay import ANSWER_SCHEMA, ReplaySettings, replay
@@ -43,6 +44,7 @@ def replay_in_shards(dataset: Dataset, makers: Makers, settings: ReplaySettings)
     if not ray.is_initialized():
         ray.init()
     resources = cast(Callable[[], dict[str, float]], ray.cluster_resources)  # Ray leaves it untyped
+    quiet_data()
     actors = max(int(resources().get("CPU", 1)), 1)
     fs, root = filesystem(dataset.path)
     held = ray.put(makers)  # once in the object store, however many actors read it

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from rayrec.config import TrainConfig
 
-CLIP_NORM = 5.0
-
 
 @dataclass(frozen=True)
 class EpochStats:
@@ -56,15 +54,21 @@ class Learner:
     def train_step(self, batch: Any) -> float:
         """One step on one batch; its loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * rate(self.step, self.total_steps, self.config.warmup)
+            group["lr"] = self.config.lr * self._rate()
         self.optimizer.zero_grad(set_to_none=True)
         with self._precision():
             loss: Tensor = self.module(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
         self.step += 1
         return float(loss.detach())
+
+    def _rate(self) -> float:
+        if self.config.schedule == "constant":
+            return 1.0
+        return rate(self.step, self.total_steps, self.config.warmup)
 
     def _precision(self) -> Any:
         wanted = self.config.precision
