@@ -156,7 +156,7 @@ class TrainConfig(Settings):
     """How the model is trained."""
 
     epochs: int = Field(12, ge=1)
-    batch_size: int = Field(128, ge=1, description="sequences (fusion) or samples (paper) a step and worker")
+    batch_size: int = Field(32, ge=1, description="sequences (fusion) or samples (paper) a step and worker")
     lr: float = Field(3e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"

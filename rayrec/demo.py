@@ -138,7 +138,11 @@ def shop_for(url: str, wanted: list[str]) -> dict[str, Any]:
         after = _shelf(client, visitor)
         step(f"and then sees\n{_titles(after)}")
     hits = [sum(_fits(item) for item in shelf) for shelf in (before, after)]
-    step(f"{COLOUR.lower()} {KIND} in the list: {hits[0]} of {len(before)} before, {hits[1]} of {len(after)} after")
+    kind = [sum(item["category"] == KIND for item in shelf) for shelf in (before, after)]
+    step(
+        f"{COLOUR.lower()} {KIND} in the list: {hits[0]} before, {hits[1]} after; "
+        f"{KIND} of any colour: {kind[0]} before, {kind[1]} after"
+    )
     if hits[1] <= hits[0]:
         raise ResourceError("the clicks did not change the list: this should not happen; please report it")
     return {
