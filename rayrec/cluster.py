@@ -23,6 +23,7 @@ from rayrec.errors import ResourceError, UsageError
 REACH_S = 5.0
 LEAST_CPUS = 2
 """A local Ray counts on at least so many, even on one core: a worker that trains, and a task that feeds it."""
+_connected_here = False
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job, and for nothing else."""
 
@@ -34,6 +35,7 @@ def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None, *
     local Ray inherit `os.environ`.
     dashboard: start it with a local Ray; Ray Train and Ray Serve ask it for what they know, Ray Data does not.
     """
+    global _connected_here
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -51,6 +53,7 @@ def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None, *
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         what = "start a local Ray" if address == "local" else f"reach the Ray cluster at {address} (RAY_ADDRESS)"
         raise ResourceError(f"cannot {what}: {error}") from None
+    _connected_here = True
 
 
 def _require_listener(address: str) -> None:
@@ -75,7 +78,11 @@ def quiet_data() -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local one that `connect` started stops."""
+    """Leave the cluster that `connect` joined; a local one that it started stops. Somebody else's stays."""
+    global _connected_here
+    if not _connected_here:
+        return
+    _connected_here = False
     with unbroken():
         ray.shutdown()
 

@@ -60,6 +60,7 @@ def served(
     open_state(state_url).close()
     folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir="/tmp"))  # HAProxy's socket paths end at 97 characters
     settings = proxy_settings(folder)
+    before = {name: os.environ[name] for name in settings if name in os.environ}
     os.environ.update(settings)  # before Ray starts: its processes read them when they are imported
     started_here = not ray.is_initialized()
     try:
@@ -72,6 +73,9 @@ def served(
     finally:
         if started_here:
             cluster.disconnect()
+        for name in settings:
+            os.environ.pop(name)
+        os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)
 
 
