@@ -103,7 +103,8 @@ def test_the_ten_numbers_in_order(model: PaperModel, catalogue: Catalogue) -> No
     hour = [6 + n * 90 // 1 / 3600 for n in range(4)]
     assert numbers[:, 5].tolist() == pytest.approx([math.sin(2 * math.pi * h / 24) for h in hour], abs=1e-5)
     assert numbers[:, 6].tolist() == pytest.approx([math.cos(2 * math.pi * h / 24) for h in hour], abs=1e-5)
-    assert numbers[:, 7].tolist() == pytest.approx(catalogue.price_scaled[[1, 2, 3, 1]].tolist())
+    z_score = (catalogue.price - np.nanmean(catalogue.price[1:])) / np.nanstd(catalogue.price[1:])
+    assert numbers[:, 7].tolist() == pytest.approx(z_score[[1, 2, 3, 1]].tolist(), abs=1e-5)
     popularity = np.log1p(catalogue.n_train[1:])
     z_score = (popularity - popularity.mean()) / popularity.std()
     assert numbers[:, 8].tolist() == pytest.approx(z_score[[0, 1, 2, 0]].tolist(), abs=1e-5)

@@ -53,7 +53,9 @@ class ItemTable(nn.Module):
 
     category_NK, title_NK  [N + 1, K] int64  codes, 0 padding
     brand_N, price_N       [N + 1] int64     brand code, price bucket
-    price_scaled_N, log_popularity_N  [N + 1] float32  (popularity: log(1 + training events), z-scored)
+    price_scaled_N         [N + 1] float32   price as the dataset scales it
+    price_z_N              [N + 1] float32   price as it is, z-scored; 0 where unknown
+    log_popularity_N       [N + 1] float32   log(1 + training events), z-scored
     warm_N                 [N + 1] bool      has training events: only then does the id say anything
     image_row_N            [N + 1] int64     row in pixels_MCSS, -1 without a picture
     pixels_MCSS            [M, 3, S, S] uint8
@@ -64,6 +66,7 @@ class ItemTable(nn.Module):
     brand_N: Tensor
     price_N: Tensor
     price_scaled_N: Tensor
+    price_z_N: Tensor
     log_popularity_N: Tensor
     warm_N: Tensor
     image_row_N: Tensor
@@ -74,8 +77,6 @@ class ItemTable(nn.Module):
     ) -> None:
         super().__init__()
         popularity = np.log1p(catalogue.n_train.astype(np.float64))
-        spread = popularity[1:].std() if len(catalogue) else 1.0
-        popularity = (popularity - (popularity[1:].mean() if len(catalogue) else 0)) / (spread or 1.0)
         image_row_N = np.full(len(catalogue) + 1, -1, np.int64)
         image_row_N[image_item_M] = np.arange(len(image_item_M))
         for name, tensor in {
@@ -84,12 +85,21 @@ class ItemTable(nn.Module):
             "brand_N": torch.from_numpy(catalogue.brand),
             "price_N": torch.from_numpy(catalogue.price_bucket),
             "price_scaled_N": torch.from_numpy(catalogue.price_scaled),
-            "log_popularity_N": torch.from_numpy(popularity.astype(np.float32)),
+            "price_z_N": torch.from_numpy(np.nan_to_num(_zscore(catalogue.price))),
+            "log_popularity_N": torch.from_numpy(_zscore(popularity)),
             "warm_N": torch.from_numpy(catalogue.n_train > 0),
             "image_row_N": torch.from_numpy(image_row_N),
             "pixels_MCSS": shrink(pixels_MHWC, image_size),
         }.items():
             self.register_buffer(name, tensor, persistent=False)
+
+
+def _zscore(values_N: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Rows from 1 on at mean 0 and deviation 1; what is unknown (NaN) counts for nothing and stays so."""
+    known_M = values_N[1:][np.isfinite(values_N[1:])].astype(np.float64)
+    if not len(known_M):
+        return np.zeros(len(values_N), np.float32)
+    return ((values_N - known_M.mean()) / (known_M.std() or 1.0)).astype(np.float32)
 
 
 def _codes(lists: Ragged) -> Tensor:

@@ -114,7 +114,7 @@ class PaperModel(nn.Module):
                 torch.log1p(history.gap_s_BL),
                 torch.sin(angle_BL) * clock_BL,
                 torch.cos(angle_BL) * clock_BL,
-                self.items.price_scaled_N[history.item_BL],
+                self.items.price_z_N[history.item_BL],
                 self.items.log_popularity_N[history.item_BL],
                 history.seen_BL.float(),
             ],

@@ -104,7 +104,7 @@ class SqliteState:
 
     @classmethod
     def open(cls, url: str) -> SqliteState:
-        """From `sqlite:///PATH[?synchronous=normal|full]`. Raises UsageError."""
+        """From `sqlite:///PATH[?synchronous=normal|full]`. Raises UsageError for another form, StateError for a file."""
         place, _, query = url.removeprefix("sqlite://").partition("?")
         options = parse_qs(query)
         synchronous = options.pop("synchronous", ["normal"])[0].lower()
@@ -115,11 +115,11 @@ class SqliteState:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # people's data: for this account only
         except OSError as error:
-            raise UsageError(f"state {path}: cannot write there ({error.strerror})") from None
+            raise StateError(f"state {path}: cannot write there ({error.strerror}); name another place") from None
         try:
             return cls(path, synchronous)
         except StateError as error:
-            raise UsageError(f"state {path}: {error}; name another file or remove this one") from None
+            raise StateError(f"state {path}: {error}; name another file or remove this one") from None
 
     # ------------------------------------------------------------ events
 

@@ -299,13 +299,13 @@ def test_bad_urls_are_refused_with_what_to_write(url: str) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write there"):
+    with pytest.raises(StateError, match="cannot write there"):
         open_state(f"sqlite:///{tmp_path}/file/state.db")
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.db").write_text("not a database, but long enough to be looked at as one" * 20)
-    with pytest.raises(UsageError, match="name another file"):
+    with pytest.raises(StateError, match="name another file"):
         open_state(f"sqlite:///{tmp_path}/state.db")
 
 
