@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from scipy import sparse
-from scipy.stats import rankdata
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import Ints
@@ -146,7 +146,7 @@ def popularity(n_train_N: Ints) -> npt.NDArray[np.float64]:
     n_items = len(n_train_N) - 1
     share_N = np.zeros(len(n_train_N))
     if n_items:
-        share_N[1:] = (rankdata(n_train_N[1:]) - 0.5) / n_items
+        share_N[1:] = (pd.Series(n_train_N[1:]).rank().to_numpy() - 0.5) / n_items
     return share_N
 
 
@@ -200,7 +200,7 @@ def pointwise_figures(score_UC: Scores) -> Figures:
     if not users or candidates < 2:
         return {"auc": None, "gauc": None, "logloss": None}
     right_U1, wrong_UC = score_UC[:, :1], score_UC[:, 1:]
-    place = rankdata(np.concatenate([right_U1.ravel(), wrong_UC.ravel()]))[:users]
+    place = pd.Series(np.concatenate([right_U1.ravel(), wrong_UC.ravel()])).rank().to_numpy()[:users]
     auc = (place.sum() - users * (users + 1) / 2) / (users * wrong_UC.size)
     gauc = ((wrong_UC < right_U1) + 0.5 * (wrong_UC == right_U1)).mean()
     share_UC = np.clip(score_UC, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)

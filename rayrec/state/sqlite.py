@@ -104,7 +104,10 @@ class SqliteState:
 
     @classmethod
     def open(cls, url: str) -> SqliteState:
-        """From `sqlite:///PATH[?synchronous=normal|full]`. Raises UsageError for another form, StateError for a file."""
+        """From `sqlite:///PATH[?synchronous=normal|full]`.
+
+        Raises UsageError for another form of URL, StateError for a file that cannot be used.
+        """
         place, _, query = url.removeprefix("sqlite://").partition("?")
         options = parse_qs(query)
         synchronous = options.pop("synchronous", ["normal"])[0].lower()

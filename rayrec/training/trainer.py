@@ -95,7 +95,8 @@ def train(
         ),
         torch_config=TorchConfig(backend="nccl" if config.train.gpu else "gloo"),
         datasets=_tables(dataset, config),
-        dataset_config=ray.train.DataConfig(datasets_to_split="all"),
+        # What is split has a coordinator, a process for each table; one worker does without.
+        dataset_config=ray.train.DataConfig(datasets_to_split="all" if config.train.workers > 1 else []),
     )
     with _progress(board, bundles, run, config), writing(bundles):
         result = _fit(trainer)
