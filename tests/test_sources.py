@@ -126,6 +126,25 @@ def test_archives_and_compressed_files(tmp_path: Path) -> None:
     assert import_source("amazon_reviews", reviews, tmp_path / "raw2") == {"events": 1, "items": 0}
 
 
+def test_a_folder_may_hold_archives_and_files_of_other_kinds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = download(tmp_path / "src", "online_retail")
+    folder = tmp_path / "folder"
+    for name in ("first", "second"):
+        (folder / name).mkdir(parents=True)
+        with tarfile.open(folder / name / "days.tar.gz", "w:gz") as archive:
+            archive.add(src, "by-day")
+    (folder / "items.csv").write_text("item_id,title\n1,Heart\n")
+    counts = import_source("online_retail", folder, tmp_path / "raw")
+    assert counts["events"] == 2 * len(EXPECTED["online_retail"]), "files of one name do not overwrite each other"
+    assert "passed over" in capsys.readouterr().err
+    (folder / "first").rename(tmp_path / "away")
+    (folder / "second").rename(tmp_path / "away2")
+    with pytest.raises(DataError, match="no column InvoiceNo"):
+        import_source("online_retail", folder, tmp_path / "raw2")
+
+
 def test_shards_have_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayrec.data.sources.SHARD_ROWS", 1)
     import_source("movielens_1m", download(tmp_path / "src", "movielens_1m"), tmp_path / "raw")

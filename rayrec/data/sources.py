@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,9 +26,10 @@ import yaml
 
 from rayrec.data.raw import SETTINGS_FILE
 from rayrec.errors import DataError, ResourceError, UsageError
-from rayrec.progress import Task
+from rayrec.progress import Task, step
 
 SHARD_ROWS = 1_000_000
+CSV_FILES = ("*.csv", "*.csv.gz", "*.tar", "*.tar.gz", "*.tgz")
 ITEM_COLUMNS = ("item_id", "category", "brand", "price", "title", "image")
 
 Row = list[str]
@@ -48,9 +50,12 @@ class Shop:
         self.folder, self.task = folder, task
         self.items: dict[str, dict[str, str]] = {}
         self.n_events = 0
+        self.names: Counter[str] = Counter()
 
     def events(self, columns: Iterable[str], rows: Iterable[Iterable[str]], name: str = "part") -> None:
-        """Write rows of events as shards `events/<name>-00000.csv` and so on."""
+        """Write rows of events as shards `events/<name>-00000.csv` and so on; a name may come twice."""
+        self.names[name] += 1
+        name = name if self.names[name] == 1 else f"{name}-{self.names[name]}"
         shard, writer, stream = 0, None, None
         try:
             for n, row in enumerate(rows):
@@ -161,17 +166,40 @@ def _chosen(stream: TextIO, name: Path | str, *columns: str) -> Iterator[tuple[s
 
 
 def _csv_shards(src: Path, *columns: str) -> Iterator[tuple[str, Iterator[tuple[str, ...]]]]:
-    """The CSV files of a folder, a tar archive, or the one file: name without ending, and the `columns`."""
-    if src.is_file() and tarfile.is_tarfile(src):
-        with tarfile.open(src) as archive:
-            for member in archive:  # in its own order: to seek back means to decompress from the start
-                content = archive.extractfile(member) if member.name.endswith(".csv") else None
-                if content is not None:
-                    text = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
-                    yield Path(member.name).stem, _chosen(text, member.name, *columns)
+    """The CSV files in a folder, in its archives, or the one file: name without ending, and the `columns`.
+
+    In a folder, files without these columns are passed over, and named. Raises DataError if all are.
+    """
+    if src.is_file():
+        yield from _in_archive(src, *columns) if tarfile.is_tarfile(src) else [(_stem(src), _csv(src, *columns))]
         return
-    for path in [src] if src.is_file() else sorted([*src.rglob("*.csv"), *src.rglob("*.csv.gz")]):
-        yield path.name.split(".")[0], _csv(path, *columns)
+    passed_over: list[DataError] = []
+    taken = 0
+    for path in sorted(path for ending in CSV_FILES for path in src.rglob(ending)):
+        for name, rows in _csv_shards(path, *columns):
+            try:
+                first = next(rows, None)
+            except DataError as error:
+                passed_over.append(error)
+                step(f"passed over {error}")
+                continue
+            taken += 1
+            yield name, chain([first] if first else [], rows)
+    if passed_over and not taken:
+        raise passed_over[0]
+
+
+def _in_archive(path: Path, *columns: str) -> Iterator[tuple[str, Iterator[tuple[str, ...]]]]:
+    with tarfile.open(path) as archive:
+        for member in archive:  # in its own order: to seek back means to decompress from the start
+            content = archive.extractfile(member) if member.name.endswith(".csv") else None
+            if content is not None:
+                text = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
+                yield Path(member.name).stem, _chosen(text, member.name, *columns)
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]
 
 
 # ---------------------------------------------------------------- the formats
