@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
+import torch
 
 from rayrec.history import HistoryBatch
 
@@ -47,8 +48,10 @@ def _recent(history: HistoryBatch, n_rows: int) -> sp.csr_array:
 
 def top(scores_BN: Floats, k: int) -> Ints:
     """Columns of the k highest scores of each row, in no order. [B, k] int64."""
-    k = min(k, scores_BN.shape[1])
-    return np.argpartition(scores_BN, scores_BN.shape[1] - k, axis=1)[:, scores_BN.shape[1] - k :]
+    # numpy's argpartition takes ten times as long and more where most scores are equal, as transition counts are.
+    found = torch.from_numpy(scores_BN).topk(min(k, scores_BN.shape[1]), dim=1, sorted=False)
+    item_BK: Ints = found.indices.numpy()
+    return item_BK
 
 
 def union(parts: list[Ints], n_rows: int, usable_N: npt.NDArray[np.bool_]) -> Ints:
