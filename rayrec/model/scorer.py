@@ -101,9 +101,11 @@ class Scorer:
         """What retrieval returns, and each candidate's transition count and share. [B, C] int64, [B, C, 2]."""
         return self._retrieve(history, self._by_model(self.user_vectors(history)))
 
+    @torch.inference_mode()
     def _by_model(self, user_BD: Floats) -> Floats:
         """Inner products with every item; -inf for padding. [B, N + 1] float32."""
-        model_BN: Floats = user_BD @ self.vectors_ND.T
+        # By torch, since a second pool of threads (numpy's) would fight with its own.
+        model_BN: Floats = (torch.from_numpy(user_BD).to(self._device) @ self._vector_ND.T).cpu().numpy()
         model_BN[:, 0] = -np.inf
         return model_BN
 
