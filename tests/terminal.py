@@ -136,6 +136,8 @@ class Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell ignores Ctrl-C in what it starts in the background, these tests perhaps; a terminal does not.
+                preexec_fn=_hear_ctrl_c,
             )
 
     @property
@@ -155,6 +157,10 @@ class Running:
         """Ctrl-C: SIGINT to the whole foreground process group; the exit code."""
         os.killpg(self.process.pid, signal.SIGINT)
         return self.process.wait(within_s)
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _command_line(process: psutil.Process) -> str:

@@ -75,5 +75,7 @@ def retrieve(history: HistoryBatch, model_BN: Floats, follow_BN: Floats, popular
     """
     popular_BK = np.broadcast_to(popular_N[: k // 4], (len(history), len(popular_N[: k // 4])))
     usable_N = np.arange(model_BN.shape[1]) > 0
-    parts = [top(model_BN, k), top(follow_BN, k), history.item_BL, popular_BK]
+    follow_BK = top(follow_BN, k)
+    follow_BK = np.where(np.take_along_axis(follow_BN, follow_BK, 1) > 0, follow_BK, 0)
+    parts = [top(model_BN, k), follow_BK, history.item_BL, popular_BK]
     return union(parts, model_BN.shape[1], usable_N)
