@@ -95,9 +95,11 @@ class Staging:
                 self.folder.fs.create_dir(self.folder.path(name), recursive=True)
             self.folder.json("manifest.json", None)
             self.folder.fs.delete_file(self.folder.path("manifest.json"))
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C too: __exit__ is not called for what happens here
             self.folder.remove()
-            raise cannot_write(self.dataset, error) from None
+            if isinstance(error, OSError):
+                raise cannot_write(self.dataset, error) from None
+            raise
         return self.folder
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -1,0 +1,38 @@
+"""A dataset folder exists whole or not at all, whenever the work on it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayrec.data.staging import Folder, Staging
+from rayrec.errors import ResourceError
+
+
+@pytest.mark.parametrize(("happens", "said"), [(KeyboardInterrupt(), "^$"), (OSError(28, "full"), "cannot write there")])
+def test_what_ends_the_very_beginning_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: BaseException, said: str
+) -> None:
+    def ends(folder: Folder, name: str, value: object) -> None:
+        assert list(tmp_path.iterdir()), "the folder is there by now"
+        raise happens
+
+    monkeypatch.setattr(Folder, "json", ends)
+    expected = KeyboardInterrupt if isinstance(happens, KeyboardInterrupt) else ResourceError
+    with pytest.raises(expected, match=said), Staging(str(tmp_path / "dataset")):
+        raise AssertionError("the work must not begin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_work_leaves_the_older_dataset(tmp_path: Path) -> None:
+    staging = Staging(str(tmp_path / "dataset"))
+    with staging as folder:
+        folder.json("first.json", 1)
+        staging.commit({})
+    with pytest.raises(KeyboardInterrupt), Staging(str(tmp_path / "dataset")) as folder:
+        folder.json("second.json", 2)
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
+    assert (tmp_path / "dataset" / "first.json").is_file()
+    assert not (tmp_path / "dataset" / "second.json").exists()
