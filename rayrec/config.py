@@ -165,6 +165,7 @@ class TrainConfig(Settings):
     patience: int = Field(3, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     valid_users: int = Field(2000, ge=1, description="users sampled for validation after each epoch")
     image_budget: int = Field(48, ge=0, description="distinct images encoded with gradient a step")
+    image_refresh: int = Field(192, ge=1, description="images encoded without gradient a step, all in turn")
     negatives: int = Field(0, ge=0, description="sampled negatives; 0 is the full softmax (paper: 4 if 0)")
     full_softmax_below: int = Field(50_000, ge=1, description="above this many items negatives are sampled")
     fusion_epochs: int = Field(6, ge=0)

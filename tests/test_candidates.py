@@ -68,12 +68,19 @@ def test_all_sources_are_asked() -> None:
     model_BN[0, [0, 1, 2, 3, 4]] = [9, 5, 5, 5, 5]
     model_BN[1, [1, 3, 5, 6]] = 5
     follow_BN[:, [10, 11, 6, 5]] = 1
-    out_BC = retrieve(history, model_BN, follow_BN, np.array([12, 1, 2]), 4)
+    out_BC = retrieve(history, model_BN, follow_BN, np.array([12, 1, 2]), np.ones(13, bool), 4)
     assert {12, 7, 10, 11, 6, 5} < set(out_BC[0].tolist())
     assert set(out_BC[1].tolist()) - {0} == {1, 3, 5, 6, 10, 11, 12, 8, 9}
 
 
 def test_a_visitor_without_history_still_gets_the_popular() -> None:
     nothing_BN = np.zeros((1, 6), np.float32)
-    out_BC = retrieve(histories([]), nothing_BN, nothing_BN, np.array([3, 5, 1]), 8)
+    out_BC = retrieve(histories([]), nothing_BN, nothing_BN, np.array([3, 5, 1]), np.ones(6, bool), 8)
     assert {3, 5} <= set(out_BC[0].tolist())
+
+
+def test_cold_items_have_places_of_their_own_and_take_none_from_others() -> None:
+    model_BN = np.array([[0, 1, 2, 3, 4, 9, 8, 7, 6]], np.float32)
+    warm_N = np.arange(9) < 5
+    out_BC = retrieve(histories([]), model_BN, np.zeros((1, 9), np.float32), np.array([], np.int64), warm_N, 4)
+    assert set(out_BC[0].tolist()) == {1, 2, 3, 4, 5}

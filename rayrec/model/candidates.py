@@ -67,15 +67,20 @@ def union(parts: list[Ints], n_rows: int, usable_N: npt.NDArray[np.bool_]) -> In
     return out_BC
 
 
-def retrieve(history: HistoryBatch, model_BN: Floats, follow_BN: Floats, popular_N: Ints, k: int) -> Ints:
-    """Candidates from all sources: k nearest by model, k followers, the history itself, and the popular.
+def retrieve(
+    history: HistoryBatch, model_BN: Floats, follow_BN: Floats, popular_N: Ints, warm_N: npt.NDArray[np.bool_], k: int
+) -> Ints:
+    """Candidates from all sources: k nearest by model and k / 4 among the cold, k followers, the history, the popular.
 
     model_BN: [B, N + 1] scores by model. follow_BN: [B, N + 1] transition scores. popular_N: items, most popular
-    first. -> [B, C] int64, ascending, 0 padding.
+    first. warm_N: [N + 1] bool, has training events. -> [B, C] int64, ascending, 0 padding.
     """
     popular_BK = np.broadcast_to(popular_N[: k // 4], (len(history), len(popular_N[: k // 4])))
     usable_N = np.arange(model_BN.shape[1]) > 0
     follow_BK = top(follow_BN, k)
     follow_BK = np.where(np.take_along_axis(follow_BN, follow_BK, 1) > 0, follow_BK, 0)
-    parts = [top(model_BN, k), follow_BK, history.item_BL, popular_BK]
+    cold_N = np.flatnonzero(usable_N & ~warm_N)
+    parts = [top(np.where(warm_N, model_BN, -np.inf), k), follow_BK, history.item_BL, popular_BK]
+    if len(cold_N):
+        parts.append(cold_N[top(model_BN[:, cold_N], k // 4)])
     return union(parts, model_BN.shape[1], usable_N)

@@ -21,6 +21,8 @@ from rayrec.schema import ACTIONS, TITLE_BUCKETS
 
 MAX_CODES = 16
 GAP_BUCKETS = 32
+PICTURE_GAIN = 0.1
+"""Adam moves every weight by about the learning rate, and a weight of the CNN moves all items at once: damp it."""
 
 
 @dataclass(frozen=True)
@@ -172,30 +174,34 @@ class ItemEncoder(nn.Module):
                 nn.init.normal_(module.weight, std=width**-0.5 / 2)
                 with torch.no_grad():
                     module.weight[0] = 0
-        # The table of picture vectors is filled by refresh_images(); between refreshes a step updates what it encodes.
+        # The table of picture vectors is filled by refresh_images(); a step updates what it encodes, and some in turn.
         self.image_ND: Tensor
+        self.refreshed = 0
         self.register_buffer("image_ND", torch.zeros(n_items + 1, width), persistent=False)
 
     def images(self, items: ItemTable, item_M: Tensor) -> Tensor:
         """Picture vectors, with gradient, of items that have a picture. [M] int64 -> [M, D]."""
         assert self.cnn is not None
         # float: mixed precision computes in bf16, the table is float32.
-        return self.cnn(items.pixels_MCSS[items.image_row_N[item_M]]).float()
+        return self.cnn(items.pixels_MCSS[items.image_row_N[item_M]]).float() * PICTURE_GAIN
 
     @torch.no_grad()
-    def refresh_images(self, items: ItemTable, batch: int = 512) -> None:
-        """Encode every picture anew into the table that `forward` reads."""
+    def refresh_images(self, items: ItemTable, some: int = 0, batch: int = 512) -> None:
+        """Encode every picture anew into the table that `forward` reads, or the next `some` in turn."""
         if self.cnn is None:
             return
         item_M = torch.nonzero(items.image_row_N >= 0).squeeze(1)
+        if some and some < len(item_M):
+            place_S = torch.arange(self.refreshed, self.refreshed + some, device=item_M.device) % len(item_M)
+            self.refreshed = (self.refreshed + some) % len(item_M)
+            item_M = item_M[place_S]
         for part_M in item_M.split(batch):
             self.image_ND[part_M] = self.images(items, part_M)
 
-    def forward(self, items: ItemTable, row_R: Tensor | None = None, fresh_M: Tensor | None = None) -> Tensor:
+    def forward(self, items: ItemTable, row_R: Tensor | None = None, image_ND: Tensor | None = None) -> Tensor:
         """Vectors of the items in `row_R` ([R] int64; all N + 1 if None). -> [R, D] float32; padding gives zeros.
 
-        fresh_M: [M] int64, items whose pictures are encoded with gradient in this step; the others' picture
-        vectors come from the table, so that a big catalogue can train end to end within an image budget.
+        image_ND: [N + 1, D] picture vectors to use in place of the table, some of them with gradient.
         """
         rows = torch.arange(len(items.brand_N), device=items.brand_N.device) if row_R is None else row_R
         vector_RD = torch.zeros(len(rows), self.config.width, device=rows.device)
@@ -205,12 +211,7 @@ class ItemEncoder(nn.Module):
                 keep_R = keep_R & (torch.rand(len(rows), device=rows.device) >= self.config.id_dropout)
             vector_RD = vector_RD + self.id(rows) * keep_R[:, None]
         if self.cnn is not None:
-            image_ND = self.image_ND
-            if fresh_M is not None and len(fresh_M):
-                fresh_MD = self.images(items, fresh_M)
-                image_ND = image_ND.index_put((fresh_M,), fresh_MD)
-                self.image_ND[fresh_M] = fresh_MD.detach()
-            vector_RD = vector_RD + image_ND[rows]
+            vector_RD = vector_RD + (self.image_ND if image_ND is None else image_ND)[rows]
         if self.config.use_attributes:
             vector_RD = vector_RD + self.category(items.category_NK[rows]) + self.title(items.title_NK[rows])
             vector_RD = vector_RD + self.brand(items.brand_N[rows]) + self.price(items.price_N[rows])

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def full_softmax(user_PD: Tensor, item_ND: Tensor, target_P: Tensor, allowed_N: Tensor) -> Tensor:
+def full_softmax(user_PD: Tensor, target_PD: Tensor, item_ND: Tensor, allowed_N: Tensor) -> Tensor:
     """Cross-entropy over the whole catalogue, mean over positions.
 
-    target_P: [P] int64 rows of item_ND. allowed_N: [N] bool; other items are no candidates, so that items without
+    target_PD: vectors of the right items. allowed_N: [N] bool; other items are no candidates, so that items without
     training events are not taught to be bad. With cross-entropy over many negatives recurrent models compete with
     transformers (Hidasi and Karatzoglou 2018; Klenitskiy and Vasilev 2023).
     """
     score_PN = (user_PD @ item_ND.T).masked_fill(~allowed_N, float("-inf"))
-    return F.cross_entropy(score_PN, target_P)
+    return (score_PN.logsumexp(1) - (user_PD * target_PD).sum(1)).mean()
 
 
 def sampled_softmax(

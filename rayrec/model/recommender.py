@@ -83,29 +83,51 @@ class Recommender(nn.Module):
         target_P = batch.target_BL[real_BL]
         if not len(target_P):
             return sum((p.sum() * 0 for p in self.parameters()), torch.zeros(()))
-        fresh_M = self._fresh_images(torch.cat([batch.history.item_BL.flatten(), target_P]))
-        if not self.sampled:
-            vector_ND = self.item_encoder(self.items, fresh_M=fresh_M)
-            user_BLD = self.behaviour(vector_ND[batch.history.item_BL], batch.history)
-            return full_softmax(user_BLD[real_BL], vector_ND, target_P, self.items.warm_N)
-        negative_M = self.sampler(self.sampled).to(target_P.device)
-        used = torch.cat([batch.history.item_BL.flatten(), target_P, negative_M])
+        past_BL = batch.history.item_BL
+        n_past = past_BL.numel()
+        used = torch.cat([past_BL.flatten(), target_P])
+        negative_M = self.sampler(self.sampled).to(target_P.device) if self.sampled else None
+        read_ND, other_ND = self._pictures(used, self._warm() if negative_M is None else negative_M)
         row_R, place = used.unique(return_inverse=True)
-        vector_RD = self.item_encoder(self.items, row_R, fresh_M)
-        n_past, n_target = batch.history.item_BL.numel(), len(target_P)
-        past_BLD = vector_RD[place[:n_past]].view(*batch.history.item_BL.shape, -1)
-        user_PD = self.behaviour(past_BLD, batch.history)[real_BL]
-        target_PD, negative_MD = vector_RD[place[n_past : n_past + n_target]], vector_RD[place[n_past + n_target :]]
+        used_D = self.item_encoder(self.items, row_R, read_ND)[place]
+        user_BLD = self.behaviour(used_D[:n_past].view(*past_BL.shape, -1), batch.history)
+        user_PD, target_PD = user_BLD[real_BL], used_D[n_past:]
+        other_D = self.item_encoder(self.items, negative_M, other_ND)
+        if negative_M is None:
+            return full_softmax(user_PD, target_PD, other_D, self.items.warm_N)
         log_q_N = self.sampler.log_q_N.to(target_P.device)
-        return sampled_softmax(user_PD, target_PD, negative_MD, target_P, negative_M, log_q_N)
+        return sampled_softmax(user_PD, target_PD, other_D, target_P, negative_M, log_q_N)
 
-    def _fresh_images(self, item_P: Tensor) -> Tensor | None:
-        """Distinct items of the batch with a picture, at most `image_budget` of them, at random."""
-        if self.item_encoder.cnn is None or not self.config.train.image_budget:
-            return None
+    def _warm(self) -> Tensor:
+        return torch.nonzero(self.items.warm_N).squeeze(1)
+
+    def _pictures(self, used_P: Tensor, other_M: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Picture vectors of all items twice, [N + 1, D]: for what was met and chosen, and for what might have been.
+
+        Pictures are encoded with gradient for `image_budget` items, half of them among `used_P`, half among
+        `other_M`; the rest comes from the table. The gradient of the others is scaled to the share in which the used
+        ones were drawn. With the used ones alone the CNN would learn to raise every picture's score: what is chosen
+        pulls up, and nothing pulls down.
+        """
+        encoder, budget = self.item_encoder, self.config.train.image_budget
+        if encoder.cnn is None or not budget:
+            return None, None
+        encoder.refresh_images(self.items, some=self.config.train.image_refresh)
+        used_M, used_share = self._some_with_picture(used_P, -(-budget // 2))
+        other_M, other_share = self._some_with_picture(other_M, budget // 2)
+        fresh_MD = encoder.images(self.items, torch.cat([used_M, other_M]))
+        used_MD, other_MD = fresh_MD.split([len(used_M), len(other_M)])
+        scaled_MD = other_MD.detach() + (other_MD - other_MD.detach()) * (used_share / max(other_share, 1e-9))
+        encoder.image_ND[used_M], encoder.image_ND[other_M] = used_MD.detach(), other_MD.detach()
+        table_ND = encoder.image_ND
+        return table_ND.index_put((used_M,), used_MD), table_ND.index_put((other_M,), scaled_MD)
+
+    def _some_with_picture(self, item_P: Tensor, n: int) -> tuple[Tensor, float]:
+        """At most `n` distinct items that have a picture, at random, and which share of all those they are."""
         distinct = item_P.unique()
         distinct = distinct[self.items.image_row_N[distinct] >= 0]
-        return distinct[torch.randperm(len(distinct), device=distinct.device)[: self.config.train.image_budget]]
+        chosen = distinct[torch.randperm(len(distinct), device=distinct.device)[:n]]
+        return chosen, len(chosen) / max(1, len(distinct))
 
     def _fusion_loss(self, batch: Lists) -> Tensor:
         assert self.vector_ND is not None, "set vector_ND before training the fusion"

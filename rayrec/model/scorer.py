@@ -49,6 +49,7 @@ class Scorer:
         self.max_len = model.config.model.max_len
         self.fused = fused and isinstance(model, Recommender)
         self._transitions = Transitions(cooccurrence)
+        self._warm_N = catalogue.n_train > 0
         self._popular_N = np.argsort(-catalogue.n_train[1:], kind="stable") + 1
         self._device = next(model.parameters()).device
         self._vector_ND = torch.from_numpy(np.array(vectors_ND, np.float32)).to(self._device)
@@ -87,7 +88,7 @@ class Scorer:
         user_BD = self.user_vectors(history)
         model_BN = self._by_model(user_BD)
         if not self.fused:
-            return model_BN
+            return model_BN if isinstance(self.model, PaperModel) else self._cold_last(model_BN)
         candidates_BC, follow_BC2 = self._retrieve(history, model_BN)
         logit_BC = self._logits(history, user_BD, candidates_BC, follow_BC2)[..., self._head(head)].cpu().numpy()
         real_BC = candidates_BC > 0
@@ -109,9 +110,16 @@ class Scorer:
         model_BN[:, 0] = -np.inf
         return model_BN
 
+    def _cold_last(self, model_BN: Floats) -> Floats:
+        """Cold items below all others: the first stage was not taught how seldom they are chosen; the fusion is."""
+        real_BN = model_BN[:, 1:]
+        spread_B1 = real_BN.max(1, keepdims=True) - real_BN.min(1, keepdims=True) + 1
+        return np.where(self._warm_N, model_BN, model_BN - spread_B1)
+
     def _retrieve(self, history: HistoryBatch, model_BN: Floats) -> tuple[Ints, Floats]:
         count_BN, share_BN = self._transitions.scores(history)
-        candidates_BC = retrieve(history, model_BN, count_BN, self._popular_N, self.model.config.model.candidates)
+        k = self.model.config.model.candidates
+        candidates_BC = retrieve(history, model_BN, count_BN, self._popular_N, self._warm_N, k)
         return candidates_BC, _at(candidates_BC, count_BN, share_BN)
 
     def logits(self, history: HistoryBatch, candidates_BC: Ints) -> Floats:
