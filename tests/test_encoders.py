@@ -41,11 +41,16 @@ def history(*visits: list[int], max_len: int = 10) -> HistoryTensors:
     )
 
 
-def pictures_encoded(model: Recommender) -> list[int]:
-    """Grows by the number of pictures of each call of the CNN."""
-    calls: list[int] = []
-    assert model.item_encoder.cnn is not None
-    model.item_encoder.cnn.register_forward_pre_hook(lambda module, given: calls.append(len(given[0])))
+def pictures_encoded(model: Recommender) -> list[tuple[list[int], bool]]:
+    """Grows by the items of each call for pictures, and whether they are encoded with gradient."""
+    calls: list[tuple[list[int], bool]] = []
+    encode = type(model.item_encoder).images
+
+    def images(items: ItemTable, item_M: torch.Tensor) -> torch.Tensor:
+        calls.append((item_M.tolist(), torch.is_grad_enabled()))
+        return encode(model.item_encoder, items, item_M)
+
+    model.item_encoder.images = images  # type: ignore[method-assign]
     return calls
 
 
@@ -59,33 +64,73 @@ def next_items(*visits: list[int]) -> NextItems:
 
 @pytest.mark.parametrize("sampled", [0, 8])
 def test_each_distinct_picture_of_a_batch_is_encoded_once(catalogue: Catalogue, sampled: int) -> None:
-    model = model_of(catalogue, f"train.negatives={sampled}").train()
-    calls = pictures_encoded(model)
+    model = model_of(catalogue, f"train.negatives={sampled}", "train.image_budget=1000").train()
+    encoded = pictures_encoded(model)
     model(next_items([1, 2, 3, 2, 1], [2, 3, 4, 7], [1, 1, 1]))  # five distinct items; 7 has no picture
-    assert calls == [4]
+    (taught,) = (item_M for item_M, graded in encoded if graded)
+    assert len(set(taught)) == len(taught)
+    assert {1, 2, 3, 4} <= set(taught)
+    assert 7 not in taught
 
 
-def test_the_budget_bounds_the_pictures_of_a_step(catalogue: Catalogue) -> None:
-    model = model_of(catalogue, "train.image_budget=3").train()
-    calls = pictures_encoded(model)
-    model(next_items([1, 2, 3, 4, 5, 6]))
-    assert calls == [3]
+def test_the_budget_is_shared_by_what_was_met_and_what_might_have_been(catalogue: Catalogue) -> None:
+    model = model_of(catalogue, "train.image_budget=5").train()
+    met, others = 0, 0
+    for _ in range(20):
+        encoded = pictures_encoded(model)
+        model(next_items([1, 2, 3, 4, 5, 6]))
+        (taught,) = (item_M for item_M, graded in encoded if graded)
+        assert 3 <= len(taught) <= 5
+        met += sum(item <= 6 for item in taught)
+        others += sum(item > 6 for item in taught)
+    assert met >= 20 * 3
+    assert others > 20
+
+
+def test_what_might_have_been_pulls_with_the_weight_of_all_it_stands_for(catalogue: Catalogue) -> None:
+    """The mean gradient of the CNN with a budget is the direction it has when every picture is encoded."""
+
+    def gradient(model: Recommender) -> torch.Tensor:
+        model.zero_grad()
+        model(next_items([1, 2, 3, 4, 5, 6], [8, 9, 10, 11, 12])).backward()
+        assert model.item_encoder.cnn is not None
+        grad = model.item_encoder.cnn.project.weight.grad
+        assert grad is not None
+        return grad.flatten()
+
+    quiet = ("model.dropout=0", "model.id_dropout=0")
+    whole = model_of(catalogue, "train.image_budget=1000", *quiet).train()
+    some = model_of(catalogue, "train.image_budget=12", *quiet).train()
+    for model in (whole, some):
+        model.item_encoder.refresh_images(model.items)
+    mean = torch.stack([gradient(some) for _ in range(300)]).mean(0)
+    assert torch.cosine_similarity(gradient(whole), mean, dim=0) > 0.95
+
+
+def test_some_pictures_enter_the_table_in_turn(catalogue: Catalogue) -> None:
+    model = model_of(catalogue).train()
+    with_picture = int((model.items.image_row_N >= 0).sum())
+    for round in range(1, -(-with_picture // 4) + 1):
+        model.item_encoder.refresh_images(model.items, some=4)
+        assert int(model.item_encoder.image_ND.any(1).sum()) == min(with_picture, 4 * round)
 
 
 def test_without_a_budget_no_picture_is_encoded_in_a_step(catalogue: Catalogue) -> None:
     model = model_of(catalogue, "train.image_budget=0").train()
-    calls = pictures_encoded(model)
+    encoded = pictures_encoded(model)
     model(next_items([1, 2, 3]))
-    assert calls == []
+    assert encoded == []
 
 
 def test_an_encoded_picture_teaches_the_cnn_and_enters_the_table(catalogue: Catalogue) -> None:
-    model = model_of(catalogue).train()
+    model = model_of(catalogue, "train.image_budget=6", "train.image_refresh=1").train()
     assert model.item_encoder.cnn is not None
-    assert not model.item_encoder.image_ND.any()
+    encoded = pictures_encoded(model)
     model(next_items([1, 2, 3])).backward()
     assert model.item_encoder.cnn.layers[0].weight.grad.abs().sum() > 0
-    assert model.item_encoder.image_ND.any(1).nonzero().squeeze(1).tolist() == [1, 2, 3]
+    assert model.item_encoder.image_ND.any(1).nonzero().squeeze(1).tolist() == sorted(
+        {item for item_M, _ in encoded for item in item_M}
+    )
 
 
 def test_a_vector_of_an_item_does_not_depend_on_its_company(catalogue: Catalogue) -> None:
@@ -114,7 +159,7 @@ def test_encode_items_is_the_forward_pass_of_evaluation_and_leaves_the_mode(cata
 def test_padding_has_a_zero_vector(catalogue: Catalogue) -> None:
     model = model_of(catalogue).train()
     assert not model.encode_items()[0].any()
-    assert not model.item_encoder(model.items, torch.tensor([0, 3]), torch.tensor([3]))[0].any()
+    assert not model.item_encoder(model.items, torch.tensor([0, 3]))[0].any()
 
 
 def test_the_id_of_an_item_without_training_events_is_never_used(catalogue: Catalogue) -> None:

@@ -147,10 +147,13 @@ def test_a_model_from_saved_weights_is_the_same(catalogue: Catalogue) -> None:
 
 def test_half_precision_trains_pictures(catalogue: Catalogue) -> None:
     model = make(catalogue).train()
-    fresh_M = torch.tensor([1, 2, 3])
+    seen_M = torch.tensor([1, 2, 3])
     with torch.autocast("cpu", torch.bfloat16):  # of the pictures alone: not every CPU has an LSTM in half precision
-        model.item_encoder(model.items, fresh_M=fresh_M).sum().backward()
+        image_MD = model.item_encoder.images(model.items, seen_M)
+        model.item_encoder.refresh_images(model.items)
+    assert image_MD.dtype == torch.float32
+    image_MD.sum().backward()
     assert model.item_encoder.cnn is not None
     assert model.item_encoder.cnn.project.weight.grad.any()
     assert model.item_encoder.image_ND.dtype == torch.float32
-    assert model.item_encoder.image_ND[fresh_M].any(1).all()
+    assert model.item_encoder.image_ND[seen_M].any(1).all()

@@ -65,12 +65,18 @@ def test_candidates_rank_above_all_others_in_the_order_of_the_fusion(scorer: Sco
         ).all()
 
 
-def test_without_the_fusion_the_inner_product_ranks(scorer: Scorer) -> None:
+def test_without_the_fusion_the_inner_product_ranks_and_the_cold_come_last(scorer: Scorer) -> None:
     plain = Scorer(scorer.model, scorer.catalogue, scorer.vectors_ND, scorer.cooccurrence, "time", fused=False)
     history = histories([1, 2])
-    expected = plain.user_vectors(history) @ plain.vectors_ND.T
-    np.testing.assert_allclose(plain.rank_all(history, "next")[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-6)
-    assert np.isneginf(plain.rank_all(history, "next")[:, 0]).all()
+    (expected_N,) = plain.user_vectors(history) @ plain.vectors_ND.T
+    (score_N,) = plain.rank_all(history, "next")
+    warm_N = np.flatnonzero(scorer.catalogue.n_train > 0)
+    cold_N = np.setdiff1d(np.arange(1, len(score_N)), warm_N)
+    assert len(cold_N) > 1
+    np.testing.assert_allclose(score_N[warm_N], expected_N[warm_N], rtol=1e-4, atol=1e-6)
+    assert score_N[cold_N].max() < score_N[warm_N].min()
+    assert (np.argsort(score_N[cold_N]) == np.argsort(expected_N[cold_N])).all()
+    assert np.isneginf(score_N[0])
 
 
 def test_fused_scores_are_probabilities_and_padding_is_last(scorer: Scorer) -> None:

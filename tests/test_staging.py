@@ -10,7 +10,9 @@ from rayrec.data.staging import Folder, Staging
 from rayrec.errors import ResourceError
 
 
-@pytest.mark.parametrize(("happens", "said"), [(KeyboardInterrupt(), "^$"), (OSError(28, "full"), "cannot write there")])
+@pytest.mark.parametrize(
+    ("happens", "said"), [(KeyboardInterrupt(), "^$"), (OSError(28, "full"), "cannot write there")]
+)
 def test_what_ends_the_very_beginning_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: BaseException, said: str
 ) -> None:
@@ -30,9 +32,14 @@ def test_an_interrupted_work_leaves_the_older_dataset(tmp_path: Path) -> None:
     with staging as folder:
         folder.json("first.json", 1)
         staging.commit({})
-    with pytest.raises(KeyboardInterrupt), Staging(str(tmp_path / "dataset")) as folder:
-        folder.json("second.json", 2)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with Staging(str(tmp_path / "dataset")) as folder:
+            folder.json("second.json", 2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
     assert (tmp_path / "dataset" / "first.json").is_file()
     assert not (tmp_path / "dataset" / "second.json").exists()

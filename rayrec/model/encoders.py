@@ -195,6 +195,8 @@ class ItemEncoder(nn.Module):
             place_S = torch.arange(self.refreshed, self.refreshed + some, device=item_M.device) % len(item_M)
             self.refreshed = (self.refreshed + some) % len(item_M)
             item_M = item_M[place_S]
+        else:
+            self.refreshed = 0
         for part_M in item_M.split(batch):
             self.image_ND[part_M] = self.images(items, part_M)
 

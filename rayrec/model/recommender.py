@@ -115,7 +115,8 @@ class Recommender(nn.Module):
         encoder.refresh_images(self.items, some=self.config.train.image_refresh)
         used_M, used_share = self._some_with_picture(used_P, -(-budget // 2))
         other_M, other_share = self._some_with_picture(other_M, budget // 2)
-        fresh_MD = encoder.images(self.items, torch.cat([used_M, other_M]))
+        fresh_M, place = torch.cat([used_M, other_M]).unique(return_inverse=True)
+        fresh_MD = encoder.images(self.items, fresh_M)[place]
         used_MD, other_MD = fresh_MD.split([len(used_M), len(other_M)])
         scaled_MD = other_MD.detach() + (other_MD - other_MD.detach()) * (used_share / max(other_share, 1e-9))
         encoder.image_ND[used_M], encoder.image_ND[other_M] = used_MD.detach(), other_MD.detach()
