@@ -139,10 +139,20 @@ def test_a_folder_may_hold_archives_and_files_of_other_kinds(
     counts = import_source("online_retail", folder, tmp_path / "raw")
     assert counts["events"] == 2 * len(EXPECTED["online_retail"]), "files of one name do not overwrite each other"
     assert "passed over" in capsys.readouterr().err
+
     (folder / "first").rename(tmp_path / "away")
     (folder / "second").rename(tmp_path / "away2")
     with pytest.raises(DataError, match="no column InvoiceNo"):
         import_source("online_retail", folder, tmp_path / "raw2")
+
+
+def test_a_day_whose_header_has_changed_is_an_error(tmp_path: Path) -> None:
+    src = download(tmp_path / "src", "online_retail")
+    day = sorted(src.rglob("*.csv"))[-1]
+    day.write_text(day.read_text().replace("CustomerID", "Customer ID", 1))
+    with pytest.raises(DataError, match=f"{day.name}: no column CustomerID; it has: "):
+        import_source("online_retail", src, tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
 
 
 def test_shards_have_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

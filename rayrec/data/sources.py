@@ -95,6 +95,10 @@ class Shop:
         (self.folder / SETTINGS_FILE).write_text(yaml.safe_dump(tree), encoding="utf-8")
 
 
+class OtherTableError(DataError):
+    """A file that is readable and is another table than the one that is looked for."""
+
+
 def import_source(name: str, src: str | Path, dst: str | Path) -> dict[str, int]:
     """Turn the files of a public data set in `src` (a folder, file or archive) into the raw folder `dst`.
 
@@ -159,7 +163,8 @@ def _chosen(stream: TextIO, name: Path | str, *columns: str) -> Iterator[tuple[s
     header = next(reader, [])
     missing = [column for column in columns if column not in header]
     if missing:
-        raise DataError(f"{name}: no column {', '.join(missing)}; it has: {', '.join(header)}")
+        kind = OtherTableError if 2 * len(missing) > len(columns) else DataError
+        raise kind(f"{name}: no column {', '.join(missing)}; it has: {', '.join(header)}")
     choose = itemgetter(*(header.index(column) for column in columns))
     for row in reader:
         yield choose(row if len(row) >= len(header) else [*row, *[""] * len(header)])
@@ -168,18 +173,19 @@ def _chosen(stream: TextIO, name: Path | str, *columns: str) -> Iterator[tuple[s
 def _csv_shards(src: Path, *columns: str) -> Iterator[tuple[str, Iterator[tuple[str, ...]]]]:
     """The CSV files in a folder, in its archives, or the one file: name without ending, and the `columns`.
 
-    In a folder, files without these columns are passed over, and named. Raises DataError if all are.
+    In a folder, files that lack most of these columns are passed over, and named. Raises DataError if all are, or if
+    one lacks some: a day whose header has changed must not go missing.
     """
     if src.is_file():
         yield from _in_archive(src, *columns) if tarfile.is_tarfile(src) else [(_stem(src), _csv(src, *columns))]
         return
-    passed_over: list[DataError] = []
+    passed_over: list[OtherTableError] = []
     taken = 0
     for path in sorted(path for ending in CSV_FILES for path in src.rglob(ending)):
         for name, rows in _csv_shards(path, *columns):
             try:
                 first = next(rows, None)
-            except DataError as error:
+            except OtherTableError as error:
                 passed_over.append(error)
                 step(f"passed over {error}")
                 continue
