@@ -122,7 +122,8 @@ class SqliteState:
         try:
             return cls(path, synchronous)
         except StateError as error:
-            raise StateError(f"state {path}: {error}; name another file or remove this one") from None
+            help_ = "free space there" if "disk is full" in str(error) else "remove this file"
+            raise StateError(f"state {path}: {error}; {help_}, or name another place") from None
 
     # ------------------------------------------------------------ events
 

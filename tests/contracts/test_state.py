@@ -17,6 +17,7 @@ import pytest
 from rayrec.errors import StateError, UsageError
 from rayrec.state import State, absolute_url, open_state
 from rayrec.state.protocol import Act, Event, History, Shown
+from rayrec.state.sqlite import SqliteState
 
 NOW_MS = time.time_ns() // 1_000_000
 BACKENDS: dict[str, Callable[[Path], str]] = {
@@ -305,7 +306,19 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.db").write_text("not a database, but long enough to be looked at as one" * 20)
-    with pytest.raises(StateError, match="name another file"):
+    with pytest.raises(StateError, match=r"not a database.*; remove this file, or name another place"):
+        open_state(f"sqlite:///{tmp_path}/state.db")
+
+
+def test_a_full_disk_is_no_reason_to_remove_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(state: SqliteState) -> None:
+        with state._write() as db:
+            db.execute("CREATE TABLE first (name TEXT)")
+            db.execute("PRAGMA max_page_count = 1")  # SQLite then says what it says of a full disk
+            db.execute("CREATE TABLE second (name TEXT)")
+
+    monkeypatch.setattr(SqliteState, "_create", full)
+    with pytest.raises(StateError, match=r"disk is full.*; free space there, or name another place"):
         open_state(f"sqlite:///{tmp_path}/state.db")
 
 
