@@ -6,6 +6,7 @@ Nothing is decided here but defaults. Each command imports what it needs when it
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from enum import Enum
@@ -292,6 +293,8 @@ def _print_json(value: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    # Ray reads it when it is imported. It reports the end of Serve's controller, which is asked to end, as a failure.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"ServeController\.graceful_shutdown failed")
     sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
 
 

@@ -114,6 +114,7 @@ def test_serve(own: Terminal, tiny_bundles: Path, tmp_path: Path, moment: str) -
     (proxy_files,) = own.values_of("RAY_SERVE_HAPROXY_SERVER_STATE_BASE")
     assert Path(proxy_files).is_dir()
     interrupted_well(own, running)
+    assert "graceful_shutdown" not in running.said, "what ended as it should is no failure"
     assert not Path(proxy_files).exists()
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0

@@ -1,8 +1,8 @@
 """`rayrec bench train`: one worker of Ray Train, fed by Ray Data, against the same loop in plain torch.
 
 In: how many events, how many rounds. Out: rows a second of both, and how long the worker waits for data. Each run is
-a process of its own, in turn, with the same threads and the same settings of the allocator. What is compared is the
-epoch loop: start, validation and checkpoints are outside on both sides.
+a process of its own, in turn and in changing order, with the same threads and settings of the allocator. What is
+compared is the epoch loop: start, validation and checkpoints are outside on both sides.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def run(events: int, rounds: int) -> dict[str, Any]:
         step(f"making a dataset of {events} events")
         dataset = make_dataset(Path(folder) / "dataset", events, IMAGE_SIZE)
         for round_ in range(rounds):
-            for name, code in (("ray", _RAY), ("plain", _PLAIN)):
+            sides = [("ray", _RAY), ("plain", _PLAIN)]
+            for name, code in sides if round_ % 2 == 0 else sides[::-1]:  # neither is always the first of a round
                 lines = _train(code, dataset.path, f"{folder}/{name}-{round_}")
                 found[name].append(figures(lines))
                 step(f"round {round_ + 1}: {describe(name, found[name][-1])}")
