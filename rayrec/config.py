@@ -139,9 +139,14 @@ class ModelConfig(Settings):
     kind: Literal["paper", "fusion"] = "fusion"
     width: int = Field(64, ge=4, description="D, the width of item and user vectors")
     max_len: int = Field(50, ge=1, description="L, the events of history that are read (both kinds)")
-    lstm_width: int = Field(128, ge=4)
-    lstm_layers: int = Field(1, ge=1, le=4)
-    dropout: float = Field(0.3, ge=0, lt=1)
+    encoder: Literal["lstm", "gru", "transformer"] = "lstm"
+    hidden_width: int = Field(128, ge=4, description="of the recurrent state, or of a transformer's inner layer")
+    layers: int = Field(1, ge=1, le=8)
+    heads: int = Field(2, ge=1, description="of a transformer")
+    dropout: float = Field(0.3, ge=0, lt=1, description="before and after the encoder, and between its layers")
+    variational: bool = Field(False, description="one dropout mask for all events of a history")
+    event_dropout: float = Field(0.0, ge=0, lt=1, description="share of events hidden in a training step")
+    layer_norm: bool = Field(False, description="normalise what the encoder reads")
     id_dropout: float = Field(0.1, ge=0, lt=1, description="share of items whose id is hidden in a training step")
     image_size: int = Field(32, ge=8, description="images are averaged down to this before the CNN")
     cnn_channels: tuple[int, ...] = (16, 32, 64)
@@ -166,7 +171,13 @@ class TrainConfig(Settings):
     valid_users: int = Field(2000, ge=1, description="users sampled for validation after each epoch")
     image_budget: int = Field(48, ge=0, description="distinct images encoded with gradient a step")
     image_refresh: int = Field(192, ge=1, description="images encoded without gradient a step, all in turn")
-    negatives: int = Field(0, ge=0, description="sampled negatives; 0 is the full softmax (paper: 4 if 0)")
+    loss: Literal["softmax", "bpr_max", "gbce"] = "softmax"
+    negatives: int = Field(
+        0, ge=0, description="sampled for a batch; 0: softmax over all items, 1024 for other losses, 4 for paper"
+    )
+    negative_alpha: float = Field(
+        0.5, ge=0, le=1, description="negatives are drawn by popularity to this power (gbce: evenly)"
+    )
     full_softmax_below: int = Field(50_000, ge=1, description="above this many items negatives are sampled")
     fusion_epochs: int = Field(6, ge=0)
     fusion_batch_size: int = Field(48, ge=1, description="lists a step and worker")
@@ -191,7 +202,7 @@ PRESETS: dict[str, Config] = {
     "small": Config(),
     "base": Config(
         preset="base",
-        model=ModelConfig(width=128, lstm_width=256, max_len=100, image_size=64, cnn_channels=(32, 64, 128, 128)),
+        model=ModelConfig(width=128, hidden_width=256, max_len=100, image_size=64, cnn_channels=(32, 64, 128, 128)),
         train=TrainConfig(epochs=30, image_budget=256),
     ),
     "paper": Config(

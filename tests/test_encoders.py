@@ -11,7 +11,8 @@ import torch
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
-from rayrec.model.encoders import HistoryTensors, ItemEncoder, ItemTable, last_BD, shrink
+from rayrec.model.behaviour import HistoryTensors, last_BD
+from rayrec.model.encoders import ItemEncoder, ItemTable, shrink
 from rayrec.model.recommender import NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE, IMAGE_SCHEMA
 

@@ -12,7 +12,8 @@ import torch
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
-from rayrec.model.encoders import HistoryTensors, ItemTable
+from rayrec.model.behaviour import HistoryTensors
+from rayrec.model.encoders import ItemTable
 from rayrec.model.fusion import DECAYS, HEADS, N_FEATURES, TOUCHES, Fusion
 from rayrec.schema import ACTION_CODE
 

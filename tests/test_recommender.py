@@ -9,7 +9,7 @@ import torch
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
-from rayrec.model.encoders import HistoryTensors
+from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.recommender import Lists, NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE
 

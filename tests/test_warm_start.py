@@ -84,7 +84,7 @@ def test_a_cold_item_and_a_warm_one_keep_their_content_vectors(bundle: Bundle) -
 
 
 def test_another_shape_is_refused_by_name(bundle: Bundle) -> None:
-    model = build(tinyshop.tiny("model.lstm_width=12"), bundle.catalogue)
+    model = build(tinyshop.tiny("model.hidden_width=12"), bundle.catalogue)
     with pytest.raises(UsageError, match=r"another shape \(behaviour"):
         warm_start(model, bundle.catalogue, VOCAB, bundle)
 

@@ -27,7 +27,7 @@ START_MS = 1_700_000_000_000
 
 TINY = (
     "model.width=16",
-    "model.lstm_width=24",
+    "model.hidden_width=24",
     "model.max_len=10",
     "model.image_size=16",
     "model.cnn_channels=[8,8]",

@@ -5,7 +5,6 @@ In: item rows, `HistoryTensors`. Out: vectors of width D. They must not know los
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,38 +15,12 @@ from torch import Tensor, nn
 
 from rayrec.catalogue import Catalogue, Ragged
 from rayrec.config import ModelConfig
-from rayrec.history import HistoryBatch
-from rayrec.schema import ACTIONS, TITLE_BUCKETS
+from rayrec.schema import TITLE_BUCKETS
 
 MAX_CODES = 16
 GAP_BUCKETS = 32
 PICTURE_GAIN = 0.1
 """Adam moves every weight by about the learning rate, and a weight of the CNN moves all items at once: damp it."""
-
-
-@dataclass(frozen=True)
-class HistoryTensors:
-    """A `HistoryBatch` on a device, trimmed to its longest history (at least one column)."""
-
-    item_BL: Tensor
-    action_BL: Tensor
-    gap_s_BL: Tensor
-    hour_BL: Tensor
-    seen_BL: Tensor
-    length_B: Tensor
-
-    @classmethod
-    def of(cls, batch: HistoryBatch, device: torch.device | str = "cpu", pin: bool = False) -> HistoryTensors:
-        """Tensors that share the arrays' memory on the CPU; `pin` prepares them for an asynchronous copy."""
-        longest = max(1, int(batch.length_B.max(initial=0)))
-
-        def move(values: npt.NDArray[Any]) -> Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(values))
-            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
-
-        columns = (batch.item_BL, batch.action_BL, batch.gap_s_BL, batch.hour_BL, batch.seen_BL)
-        item, action, gap_s, hour, seen = (move(values[:, :longest]) for values in columns)
-        return cls(item, action, gap_s, hour, seen, move(batch.length_B))
 
 
 class ItemTable(nn.Module):
@@ -218,38 +191,3 @@ class ItemEncoder(nn.Module):
             vector_RD = vector_RD + self.category(items.category_NK[rows]) + self.title(items.title_NK[rows])
             vector_RD = vector_RD + self.brand(items.brand_N[rows]) + self.price(items.price_N[rows])
         return vector_RD * (rows > 0)[:, None]
-
-
-class BehaviourLSTM(nn.Module):
-    """What a visitor wants next, after each event: an LSTM over (item vector, action, time gap).
-
-    The last item's vector is added to the output: the LSTM then learns how the next item departs from the last one.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, hidden = config.width, config.lstm_width
-        self.action = nn.Embedding(len(ACTIONS) + 1, width, padding_idx=0)
-        self.gap = nn.Embedding(GAP_BUCKETS, width)
-        nn.init.normal_(self.action.weight, std=0.02)
-        nn.init.normal_(self.gap.weight, std=0.02)
-        self.dropout = nn.Dropout(config.dropout)
-        self.lstm = nn.LSTM(width, hidden, config.lstm_layers, batch_first=True)
-        self.project = nn.Linear(hidden, width)
-        self.residual = nn.Parameter(torch.ones(()))
-
-    def forward(self, item_BLD: Tensor, history: HistoryTensors) -> Tensor:
-        """[B, L, D] item vectors -> [B, L, D]; entry l has read events 0..l."""
-        gap_BL = torch.log2(history.gap_s_BL + 1).long().clamp_(max=GAP_BUCKETS - 1)
-        step_BLD = item_BLD + self.action(history.action_BL) + self.gap(gap_BL)
-        # A recurrence adds up bf16's rounding over every step (and not every CPU has a bf16 LSTM): keep it in float32.
-        with torch.autocast(step_BLD.device.type, enabled=False):
-            state_BLH, _ = self.lstm(self.dropout(step_BLD.float()))
-        return self.project(self.dropout(state_BLH)) + self.residual * item_BLD
-
-
-def last_BD(values_BLD: Tensor, length_B: Tensor) -> Tensor:
-    """Each visitor's entry after the last real event; zeros without history. [B, L, D] -> [B, D]."""
-    at_B = (length_B - 1).clamp(min=0)
-    rows = torch.arange(len(at_B), device=at_B.device)
-    return values_BLD[rows, at_B] * (length_B > 0)[:, None]

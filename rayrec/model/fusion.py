@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rayrec.config import ModelConfig
-from rayrec.model.encoders import HistoryTensors, ItemTable
+from rayrec.model.behaviour import HistoryTensors
+from rayrec.model.encoders import ItemTable
 from rayrec.schema import ACTION_CODE
 
 HEADS = ("next", "purchase")

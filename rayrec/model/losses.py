@@ -36,6 +36,42 @@ def sampled_softmax(
     return F.cross_entropy(score_P1M, torch.zeros_like(target_P))
 
 
+def bpr_max(
+    user_PD: Tensor, target_PD: Tensor, negative_MD: Tensor, target_P: Tensor, negative_M: Tensor, penalty: float = 0.5
+) -> Tensor:
+    """The chance of beating the hardest of M shared negatives, softly (BPR-max, Hidasi and Karatzoglou 2018).
+
+    Each negative weighs as a softmax over the negatives' scores; `penalty` keeps those scores small.
+    """
+    positive_P1 = (user_PD * target_PD).sum(1, keepdim=True)
+    negative_PM = user_PD @ negative_MD.T
+    same_PM = target_P[:, None] == negative_M
+    weight_PM = negative_PM.masked_fill(same_PM, -1e4).softmax(1)
+    won_P = (weight_PM * torch.sigmoid(positive_P1 - negative_PM)).sum(1)
+    return (penalty * (weight_PM * negative_PM**2).sum(1) - torch.log(won_P + 1e-12)).mean()
+
+
+def gbce(
+    user_PD: Tensor,
+    target_PD: Tensor,
+    negative_MD: Tensor,
+    target_P: Tensor,
+    negative_M: Tensor,
+    n_items: int,
+    calibration: float = 0.75,
+) -> Tensor:
+    """Binary cross-entropy whose positive is weakened to undo the overconfidence that few negatives teach.
+
+    gBCE (Petrov and Macdonald 2023) for M negatives drawn uniformly from `n_items`; calibration t: 0 is plain BCE,
+    1 keeps probabilities as the full softmax would have them.
+    """
+    share = min(1.0, len(negative_M) / max(1, n_items - 1))
+    beta = share * (calibration * (1 - 1 / share) + 1 / share)
+    positive_P = F.logsigmoid((user_PD * target_PD).sum(1)) * beta
+    wrong_PM = F.logsigmoid(-(user_PD @ negative_MD.T)).masked_fill(target_P[:, None] == negative_M, 0.0)
+    return -(positive_P + wrong_PM.sum(1)).mean()
+
+
 def listwise(score_BC: Tensor, target_B: Tensor, weight_B: Tensor) -> Tensor:
     """Softmax cross-entropy over each list, weighted mean (ListNet, Cao et al. 2007). target_B: place in the list."""
     loss_B = F.cross_entropy(score_BC, target_B, reduction="none")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayrec.config import Config
-from rayrec.model.encoders import HistoryTensors, ItemTable, as_float
+from rayrec.model.behaviour import HistoryTensors
+from rayrec.model.encoders import ItemTable, as_float
 from rayrec.schema import ACTION_CODE
 
 N_BEHAVIOUR = 10

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
-from rayrec.model.encoders import BehaviourLSTM, HistoryTensors, ItemEncoder, ItemTable, last_BD
+from rayrec.model.behaviour import Behaviour, HistoryTensors, last_BD
+from rayrec.model.encoders import ItemEncoder, ItemTable
 from rayrec.model.fusion import HEADS, Fusion
-from rayrec.model.losses import full_softmax, listwise, sampled_softmax
+from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
 from rayrec.model.paper import PaperModel
 
@@ -67,10 +68,12 @@ class Recommender(nn.Module):
         n_items = len(items.brand_N) - 1
         n_categories, n_brands = int(items.category_NK.max()) + 1, int(items.brand_N.max()) + 1
         self.item_encoder = ItemEncoder(config.model, n_items, n_categories, n_brands)
-        self.behaviour = BehaviourLSTM(config.model)
+        self.behaviour = Behaviour(config.model)
         self.fusion = Fusion(config.model)
-        self.sampler = NegativeSampler(n_train_N)
-        self.sampled = config.train.negatives or (SAMPLED_NEGATIVES if n_items > config.train.full_softmax_below else 0)
+        train = config.train
+        self.sampler = NegativeSampler(n_train_N, 0.0 if train.loss == "gbce" else train.negative_alpha)
+        full = train.loss == "softmax" and n_items <= train.full_softmax_below
+        self.sampled = train.negatives or (0 if full else SAMPLED_NEGATIVES)
         # The fusion trains on frozen vectors; they are set when the first stage is done.
         self.vector_ND: Tensor | None = None
 
@@ -95,8 +98,12 @@ class Recommender(nn.Module):
         other_D = self.item_encoder(self.items, negative_M, other_ND)
         if negative_M is None:
             return full_softmax(user_PD, target_PD, other_D, self.items.warm_N)
-        log_q_N = self.sampler.log_q_N.to(target_P.device)
-        return sampled_softmax(user_PD, target_PD, other_D, target_P, negative_M, log_q_N)
+        scored = (user_PD, target_PD, other_D, target_P, negative_M)
+        if self.config.train.loss == "bpr_max":
+            return bpr_max(*scored)
+        if self.config.train.loss == "gbce":
+            return gbce(*scored, n_items=int(self.items.warm_N.sum()))
+        return sampled_softmax(*scored, self.sampler.log_q_N.to(target_P.device))
 
     def _warm(self) -> Tensor:
         return torch.nonzero(self.items.warm_N).squeeze(1)

@@ -14,8 +14,8 @@ import torch
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import HistoryBatch
+from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import Transitions, retrieve
-from rayrec.model.encoders import HistoryTensors
 from rayrec.model.paper import PaperModel
 from rayrec.model.recommender import Recommender
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from rayrec.history import HistoryBatch, encode_history
-from rayrec.model.encoders import HistoryTensors
+from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.paper import Pairs
 from rayrec.model.recommender import Lists, NextItems
 from rayrec.model.scorer import Scorer
