@@ -32,6 +32,7 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import Config, from_dict
 from rayrec.errors import BundleError, UsageError
 from rayrec.files import download, filesystem, is_uri, read_text, upload, upload_file
+from rayrec.followers import Followers
 from rayrec.schema import BUNDLE_VERSION
 
 FORMAT = "rayrec-bundle"
@@ -102,9 +103,12 @@ class Bundle:
         return np.load(self.path / "vectors.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
-    def cooccurrence(self) -> sp.csr_array:
-        """Which item follows which: [N + 1, N + 1] float32, row i holds the weights of what comes after i."""
-        folder = self.path / "cooccurrence"
+    def followers(self) -> Followers:
+        """What follows what, float32; the strongest of each row."""
+        return Followers(self._matrix("cooccurrence/next"), self._matrix("cooccurrence/near"))
+
+    def _matrix(self, name: str) -> sp.csr_array:
+        folder = self.path / name
         arrays = [
             np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False) for part in ("data", "indices", "indptr")
         ]

@@ -122,11 +122,11 @@ def test_a_list_holds_its_target(dataset: Dataset, scorer: Scorer) -> None:
     assert len(batch) > 0
     placed = batch.candidate_BC[torch.arange(len(batch)), batch.target_B].tolist()
     history = history_of(rows, 10, "time")
-    candidate_BC, follow_BC2 = scorer.candidates(history)
+    candidate_BC, follow_BCF = scorer.candidates(history)
     found = [n for n, target in enumerate(rows["target"].to_pylist()) if target in candidate_BC[n]]
     assert placed == [rows["target"][n].as_py() for n in found]
     assert batch.purchase_B.tolist() == [rows["purchase"][n].as_py() for n in found]
-    np.testing.assert_array_equal(batch.follow_BC2.numpy(), follow_BC2[found])
+    np.testing.assert_array_equal(batch.follow_BCF.numpy(), follow_BCF[found])
     np.testing.assert_array_equal(
         batch.history.item_BL.numpy(), history.item_BL[found][:, : batch.history.item_BL.shape[1]]
     )

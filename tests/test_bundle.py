@@ -29,7 +29,8 @@ def write(bundles: Path, version: str = "v1") -> Bundle:
         writer.json("config.json", preset("base").model_dump(mode="json"))
         writer.tensors({"weight": torch.arange(4.0).reshape(2, 2).T})  # not contiguous
         writer.array("vectors.npy", VECTORS)
-        writer.matrix("cooccurrence", FOLLOWS)
+        writer.matrix("cooccurrence/next", FOLLOWS)
+        writer.matrix("cooccurrence/near", FOLLOWS * 2)
         pq.write_table(ITEM_SCHEMA.empty_table(), writer.file("items/items.parquet"))
         return writer.commit(clock="time", epochs=3)
 
@@ -48,7 +49,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert len(bundle.catalogue) == 0
     np.testing.assert_array_equal(bundle.vectors_ND, VECTORS)
     assert isinstance(bundle.vectors_ND, np.memmap)
-    np.testing.assert_array_equal(bundle.cooccurrence.toarray(), FOLLOWS.toarray())
+    np.testing.assert_array_equal(bundle.followers.next.toarray(), FOLLOWS.toarray())
+    np.testing.assert_array_equal(bundle.followers.near.toarray(), 2 * FOLLOWS.toarray())
     assert bundle.tensors()["weight"].tolist() == [[0, 2], [1, 3]]
 
 

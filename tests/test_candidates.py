@@ -7,8 +7,9 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayrec.followers import Followers
 from rayrec.history import HistoryBatch, encode_history
-from rayrec.model.candidates import Transitions, retrieve, top, union
+from rayrec.model.candidates import FOLLOW_FEATURES, Memory, Remembered, retrieve, top, union
 
 
 def histories(*visits: list[int]) -> HistoryBatch:
@@ -25,17 +26,47 @@ def counts(n_items: int, **pairs: float) -> sp.csr_array:
     return sp.csr_array(matrix)
 
 
+def ask(history: HistoryBatch, near: dict[str, float] | None = None, **pairs: float) -> Remembered:
+    return Memory(Followers(counts(3, **pairs), counts(3, **(near or {})))).ask(history)
+
+
 def test_each_step_back_weighs_half() -> None:
-    transitions = Transitions(counts(3, _1_2=4, _2_3=6, _2_1=2))
-    count_BN, share_BN = transitions.scores(histories([1, 2], [2, 1], []))
-    assert count_BN.tolist() == [[0, 2, 2, 6], [0, 1, 4, 3], [0, 0, 0, 0]]
+    remembered = ask(histories([1, 2], [2, 1], []), _1_2=4, _2_3=6, _2_1=2)
+    assert remembered.next_BN.tolist() == [[0, 2, 2, 6], [0, 1, 4, 3], [0, 0, 0, 0]]
+    share_BN = remembered.others[0].toarray()
     np.testing.assert_allclose(share_BN, [[0, 0.25, 0.5, 0.75], [0, 0.125, 1, 0.375], [0, 0, 0, 0]])
 
 
 def test_an_item_seen_twice_counts_twice_and_the_sixth_step_back_not_at_all() -> None:
-    transitions = Transitions(counts(3, _1_2=16, _3_1=1))
-    count_BN, _ = transitions.scores(histories([1, 1], [1, 3, 3, 3, 3, 3]))
-    assert count_BN[:, 2].tolist() == [24.0, 0.0]
+    remembered = ask(histories([1, 1], [1, 3, 3, 3, 3, 3]), _1_2=16, _3_1=1)
+    assert remembered.next_BN[:, 2].tolist() == [24.0, 0.0]
+
+
+def test_the_features_of_candidates_by_hand() -> None:
+    """What came next, near and before, and the longer memory, for a candidate, an absent one and padding."""
+    remembered = ask(histories([2, 1]), near={"_1_2": 3.0, "_2_1": 5.0, "_1_3": 1.0}, _1_2=4, _2_1=2)
+    feature_CF = remembered.at(np.array([[2, 3, 0]]))[0]
+    assert feature_CF.shape == (3, FOLLOW_FEATURES)
+    by_hand = [
+        np.log1p(4.0),
+        np.log1p(3.0),
+        np.log1p(5.0),  # before: 2 came before 1, five times
+        np.log1p(3.0),
+        np.log(4 / 4 + 1e-4) / 4 + 1,
+        np.log(3 / 4 + 1e-4) / 4 + 1,
+    ]
+    np.testing.assert_allclose(feature_CF[0], by_hand, rtol=1e-5)
+    never = np.log(1e-4) / 4 + 1
+    np.testing.assert_allclose(
+        feature_CF[1], [0, np.log1p(1.0), 0, np.log1p(1.0), never, np.log(0.25 + 1e-4) / 4 + 1], rtol=1e-5
+    )
+    np.testing.assert_allclose(feature_CF[2], [0, 0, 0, 0, never, never], rtol=1e-5)
+
+
+def test_the_longer_memory_fades_slowly() -> None:
+    remembered = ask(histories([1, *[3] * 9]), near={"_1_2": 10.0})
+    assert remembered.near_BN[0, 2] == 0.0
+    np.testing.assert_allclose(remembered.others[3].toarray()[0, 2], 10 * 0.9**9, rtol=1e-5)
 
 
 def test_top_finds_the_best_even_of_too_few() -> None:
@@ -63,24 +94,25 @@ def test_union_is_that_of_sets(rows: list[list[int]], common: list[int]) -> None
 
 def test_all_sources_are_asked() -> None:
     history = histories([7], [8, 9])
-    model_BN = np.zeros((2, 13), np.float32)
-    follow_BN = np.zeros((2, 13), np.float32)
+    model_BN, next_BN, near_BN = np.zeros((3, 2, 13), np.float32)
     model_BN[0, [0, 1, 2, 3, 4]] = [9, 5, 5, 5, 5]
     model_BN[1, [1, 3, 5, 6]] = 5
-    follow_BN[:, [10, 11, 6, 5]] = 1
-    out_BC = retrieve(history, model_BN, follow_BN, np.array([12, 1, 2]), np.ones(13, bool), 4)
-    assert {12, 7, 10, 11, 6, 5} < set(out_BC[0].tolist())
-    assert set(out_BC[1].tolist()) - {0} == {1, 3, 5, 6, 10, 11, 12, 8, 9}
+    next_BN[:, [10, 11, 6, 5]] = 1
+    near_BN[:, [2, 10, 11, 6]] = 1
+    out_BC = retrieve(history, model_BN, Remembered(next_BN, near_BN, ()), np.array([12, 1, 2]), np.ones(13, bool), 4)
+    assert {12, 7, 10, 11, 6, 5, 2} < set(out_BC[0].tolist())
+    assert set(out_BC[1].tolist()) - {0} == {1, 2, 3, 5, 6, 10, 11, 12, 8, 9}
 
 
 def test_a_visitor_without_history_still_gets_the_popular() -> None:
     nothing_BN = np.zeros((1, 6), np.float32)
-    out_BC = retrieve(histories([]), nothing_BN, nothing_BN, np.array([3, 5, 1]), np.ones(6, bool), 8)
+    out_BC = retrieve(histories([]), nothing_BN, Remembered(nothing_BN, nothing_BN, ()), np.array([3, 5, 1]), np.ones(6, bool), 8)
     assert {3, 5} <= set(out_BC[0].tolist())
 
 
 def test_cold_items_have_places_of_their_own_and_take_none_from_others() -> None:
     model_BN = np.array([[0, 1, 2, 3, 4, 9, 8, 7, 6]], np.float32)
     warm_N = np.arange(9) < 5
-    out_BC = retrieve(histories([]), model_BN, np.zeros((1, 9), np.float32), np.array([], np.int64), warm_N, 4)
+    nothing = Remembered(*np.zeros((2, 1, 9), np.float32), ())
+    out_BC = retrieve(histories([]), model_BN, nothing, np.array([], np.int64), warm_N, 4)
     assert set(out_BC[0].tolist()) == {1, 2, 3, 4, 5}

@@ -13,13 +13,16 @@ import torch
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
 from rayrec.model.behaviour import HistoryTensors
+from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.encoders import ItemTable
 from rayrec.model.fusion import DECAYS, HEADS, N_FEATURES, TOUCHES, Fusion
 from rayrec.schema import ACTION_CODE
 
 WIDTH = 16
 NAMES = (
-    *("dot", "count", "share", "popularity", "seen", "recency", "times", "price", "like_last", "attended", "cold"),
+    "dot",
+    *(f"follow_{n}" for n in range(FOLLOW_FEATURES)),
+    *("popularity", "seen", "recency", "times", "price", "like_last", "attended", "cold"),
     "length",
     *TOUCHES,
     *(f"{name}_{decay}" for decay in DECAYS for name in ("price_gap", "category", "brand", "title")),
@@ -56,10 +59,10 @@ def features(
     torch.manual_seed(0)
     fusion = Fusion(tinyshop.tiny().model)
     user_BD = torch.full((len(candidate_BC), WIDTH), 0.5)
-    follow_BC2 = torch.tensor([3.0, 0.25]).expand(*candidate_BC.shape, 2)
+    follow_BCF = torch.arange(float(FOLLOW_FEATURES)).expand(*candidate_BC.shape, -1)
     vectors = vector_ND[candidate_BC], vector_ND[history.item_BL]
     with torch.no_grad():
-        return fusion.features(items, history, user_BD, candidate_BC, *vectors, follow_BC2)
+        return fusion.features(items, history, user_BD, candidate_BC, *vectors, follow_BCF)
 
 
 def test_the_features_by_hand(items: ItemTable, vector_ND: torch.Tensor) -> None:
@@ -69,8 +72,8 @@ def test_the_features_by_hand(items: ItemTable, vector_ND: torch.Tensor) -> None
     got = {name: float(row[0, place]) for name, place in COLUMN.items()}
     expected = {
         "dot": float(vector_ND[1].sum() / 2),
-        "count": math.log(4),
-        "share": math.log(0.25 + 1e-4) / 4 + 1,
+        "follow_0": 0.0,
+        "follow_5": 5.0,
         "popularity": float(items.log_popularity_N[1]),
         "seen": 1.0,
         "recency": 1 / 2,  # one step back

@@ -17,6 +17,7 @@ from rayrec.bundle import Bundle, versions
 from rayrec.config import PRESETS
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
+from rayrec.followers import Followers
 from rayrec.history import encode_history
 from rayrec.model.scorer import Scorer
 from rayrec.serving.scorer import load_scorer
@@ -69,7 +70,7 @@ def test_it_holds_all_that_its_readers_expect(bundle: Bundle, fit: Fit) -> None:
     wanted = (
         *("model.safetensors", "config.json", "vectors.npy", "metrics.json", "MODEL_CARD.md", "curves.png"),
         *("items/items.parquet", "vocab/categories.json", "vocab/brands.json", "images/thumbnails.arrow"),
-        *(f"cooccurrence/{part}.npy" for part in ("data", "indices", "indptr")),
+        *(f"cooccurrence/{kind}/{part}.npy" for kind in ("next", "near") for part in ("data", "indices", "indptr")),
     )
     assert set(wanted) <= set(bundle.manifest["files"])
     assert bundle.json("metrics.json")["training"] == fit.history
@@ -103,10 +104,11 @@ def test_only_the_strongest_followers_are_kept(
 ) -> None:
     monkeypatch.setattr("rayrec.training.publish.FOLLOWERS_KEPT", 3)
     weight_N = np.arange(tinyshop.N_ITEMS + 1)
-    followers = sp.csr_array(np.tile(weight_N, (len(weight_N), 1)))
+    counts = sp.csr_array(np.tile(weight_N, (len(weight_N), 1)))
+    followers = Followers(counts, counts)
     config = tinyshop.tiny("train.epochs=1")
     bundle = write_bundle(checkpoint, str(tmp_path), dataset, dataset.catalogue(), config, followers)
-    kept = bundle.cooccurrence
+    kept = bundle.followers.near
     assert kept.dtype == np.float32
     assert kept.indices.reshape(-1, 3)[:, 0].tolist() == [38] * len(weight_N)
     assert kept.data.reshape(-1, 3).tolist() == [[38, 39, 40]] * len(weight_N)

@@ -117,7 +117,7 @@ def test_padding_candidates_take_no_part(catalogue: Catalogue) -> None:
     wider = Lists(
         batch.history,
         torch.nn.functional.pad(batch.candidate_BC, (0, 3)),
-        torch.nn.functional.pad(batch.follow_BC2, (0, 0, 0, 3)),
+        torch.nn.functional.pad(batch.follow_BCF, (0, 0, 0, 3)),
         batch.target_B,
         batch.purchase_B,
     )
@@ -128,7 +128,7 @@ def test_only_purchases_teach_the_purchase_head(catalogue: Catalogue) -> None:
     model = make(catalogue)
     batch = lists(model)
     nothing_bought = Lists(
-        batch.history, batch.candidate_BC, batch.follow_BC2, batch.target_B, torch.tensor([False, False])
+        batch.history, batch.candidate_BC, batch.follow_BCF, batch.target_B, torch.tensor([False, False])
     )
     model(nothing_bought).backward()
     grad = model.fusion.linear.weight.grad

@@ -10,6 +10,7 @@ import torch
 
 from rayrec.catalogue import Catalogue
 from rayrec.config import PRESETS
+from rayrec.followers import Followers
 from rayrec.history import HistoryBatch, encode_history
 from rayrec.model.recommender import Recommender, build
 from rayrec.model.scorer import Scorer
@@ -28,11 +29,16 @@ def scorer() -> Scorer:
         for parameter in model.fusion.out.parameters():
             parameter.normal_()
         model.fusion.calibration_H2.copy_(torch.tensor([[0.5, -1.0], [2.0, 0.5]]))
+    return Scorer(model, catalogue, model.encode_items().numpy(), followers(), "time")
+
+
+def followers() -> Followers:
+    """Every item is followed by the next of its colour."""
     follows = sp.lil_array((tinyshop.N_ITEMS + 1, tinyshop.N_ITEMS + 1), dtype=np.float32)
     for item in range(1, tinyshop.N_ITEMS):
         if item % tinyshop.PER_COLOUR:
             follows[item, tinyshop.after(item)] = 3
-    return Scorer(model, catalogue, model.encode_items().numpy(), sp.csr_array(follows), "time")
+    return Followers(sp.csr_array(follows), sp.csr_array(follows))
 
 
 def histories(*visits: list[int]) -> HistoryBatch:
@@ -66,7 +72,7 @@ def test_candidates_rank_above_all_others_in_the_order_of_the_fusion(scorer: Sco
 
 
 def test_without_the_fusion_the_inner_product_ranks_and_the_cold_come_last(scorer: Scorer) -> None:
-    plain = Scorer(scorer.model, scorer.catalogue, scorer.vectors_ND, scorer.cooccurrence, "time", fused=False)
+    plain = Scorer(scorer.model, scorer.catalogue, scorer.vectors_ND, followers(), "time", fused=False)
     history = histories([1, 2])
     (expected_N,) = plain.user_vectors(history) @ plain.vectors_ND.T
     (score_N,) = plain.rank_all(history, "next")
@@ -141,7 +147,7 @@ def test_the_papers_model_ranks_by_its_logit() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 128, 128, 3), np.uint8)
     model = build(PRESETS["paper"], catalogue, np.array([1, 2, 11]), pixels).eval()
     empty = sp.csr_array((tinyshop.N_ITEMS + 1, tinyshop.N_ITEMS + 1), dtype=np.float32)
-    scorer = Scorer(model, catalogue, model.encode_items().numpy(), empty, "time")
+    scorer = Scorer(model, catalogue, model.encode_items().numpy(), Followers(empty, empty), "time")
     history, candidate_BC = histories([1, 2], [3]), np.array([[1, 2, 11, 0]] * 2)
     logit_BN = scorer.rank_all(history, "purchase")
     scores_BC = scorer.score(history, candidate_BC, "purchase")

@@ -7,14 +7,13 @@ It must not know why they are counted: floors, retrieval and features all do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-Matrix: TypeAlias = Any
-"""A scipy.sparse.csr_array (scipy ships no types)."""
+from rayrec.followers import NEAR_WEIGHTS, Followers, Matrix
 
 CHUNK_EVENTS = 2_000_000
 
@@ -52,6 +51,16 @@ def count_transitions(
             total = total + sparse.csr_array((np.full(len(cells[0]), weight), cells), shape=(size, size))
     total.sort_indices()
     return total
+
+
+def count_followers(
+    item_E: npt.NDArray[np.integer[Any]], offsets: npt.NDArray[np.integer[Any]], n_items: int
+) -> Followers:
+    """Both counts of `Followers`; arguments as of `count_transitions`."""
+    return Followers(
+        count_transitions(item_E, offsets, n_items),
+        count_transitions(item_E, offsets, n_items, weights=NEAR_WEIGHTS),
+    )
 
 
 def count_together(

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from rayrec.data.cooccurrence import Matrix, count_transitions, row_shares
+from rayrec.data.cooccurrence import count_transitions, row_shares
 from rayrec.data.training_events import TrainingEvents
 from rayrec.evaluation.metrics import Scores
+from rayrec.followers import Matrix
 from rayrec.history import HistoryBatch, Ints
 
 STEPS_BACK = 5

@@ -1,49 +1,100 @@
 """Candidates of the second stage, for a batch: nearest by model, followers of the last items, history, popular.
 
-In: histories, user and item vectors, the transition matrix. Out: candidate matrices. It must not know the fusion.
+In: histories, scores by model, what follows what. Out: candidate matrices. It must not know the fusion.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
+from rayrec.followers import Followers
 from rayrec.history import HistoryBatch
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-STEPS_BACK = 5
-DECAY = 0.5
+RECENT, LONGER = (5, 0.5), (20, 0.9)
+"""How many of the newest items are asked about, and what a step back weighs."""
+
+FOLLOW_FEATURES = 6
+"""Counts and shares of what came right after the last items and near them, what came before, and a longer memory."""
 
 
-class Transitions:
-    """Which item follows which, asked for whole histories at once: the last 5 items, each step back weighing half.
+class Memory:
+    """What followed items like the visitor's, asked for whole histories at once.
 
-    count: [N + 1, N + 1] csr, count[i, j] how often j followed i in training.
+    The newest 5 items count, each step back half as much; for the longer memory the newest 20, a tenth less a step.
     """
 
-    def __init__(self, count: sp.csr_array) -> None:
-        self.count = sp.csr_array(count).astype(np.float32)
-        total_N = np.asarray(self.count.sum(1)).ravel()
-        self.share = sp.csr_array(sp.diags_array(1.0 / np.maximum(total_N, 1.0)) @ self.count).astype(np.float32)
+    def __init__(self, followers: Followers) -> None:
+        self.next, self.near = (sp.csr_array(counts).astype(np.float32) for counts in (followers.next, followers.near))
+        self.before = sp.csr_array(self.near.T)
+        self.next_share, self.near_share = _shares(self.next), _shares(self.near)
 
-    def scores(self, history: HistoryBatch) -> tuple[Floats, Floats]:
-        """Weighted counts and weighted shares of what follows. Two of [B, N + 1] float32."""
-        weight_BN = _recent(history, self.count.shape[0])
-        return (weight_BN @ self.count).toarray(), (weight_BN @ self.share).toarray()
+    def ask(self, history: HistoryBatch) -> Remembered:
+        """What followed the items of each history."""
+        n_rows = self.next.shape[0]
+        recent_BN, longer_BN = (_recent(history, n_rows, *kind) for kind in (RECENT, LONGER))
+        return Remembered(
+            next_BN=(recent_BN @ self.next).toarray(),
+            near_BN=(recent_BN @ self.near).toarray(),
+            others=(
+                recent_BN @ self.next_share,
+                recent_BN @ self.near_share,
+                recent_BN @ self.before,
+                longer_BN @ self.near,
+            ),
+        )
 
 
-def _recent(history: HistoryBatch, n_rows: int) -> sp.csr_array:
+@dataclass(frozen=True)
+class Remembered:
+    """Scores of every item by what followed: [B, N + 1] float32 by `next` and `near`, and others, sparse."""
+
+    next_BN: Floats
+    near_BN: Floats
+    others: tuple[sp.csr_array, ...]
+
+    def at(self, candidate_BC: Ints) -> Floats:
+        """The features of candidates, each at about unit scale. [B, C, FOLLOW_FEATURES] float32."""
+        next_BC, near_BC = (np.take_along_axis(scores, candidate_BC, 1) for scores in (self.next_BN, self.near_BN))
+        next_share_BC, near_share_BC, before_BC, longer_BC = (_at(scores, candidate_BC) for scores in self.others)
+        shares = [np.log(share_BC + 1e-4) / 4 + 1 for share_BC in (next_share_BC, near_share_BC)]
+        counts = [np.log1p(count_BC) for count_BC in (next_BC, near_BC, before_BC, longer_BC)]
+        return np.stack([*counts, *shares], -1).astype(np.float32)
+
+
+def _shares(counts: sp.csr_array) -> sp.csr_array:
+    total_N = np.asarray(counts.sum(1)).ravel()
+    return sp.csr_array(sp.diags_array(1.0 / np.maximum(total_N, 1.0)) @ counts).astype(np.float32)
+
+
+def _recent(history: HistoryBatch, n_rows: int, steps: int, decay: float) -> sp.csr_array:
     """The last items of each visitor with their weights. [B, N + 1] csr."""
-    back_K = np.arange(STEPS_BACK)
-    at_BK = history.length_B[:, None] - 1 - back_K
+    at_BK = history.length_B[:, None] - 1 - np.arange(min(steps, history.item_BL.shape[1]))
     visitor_P, step_P = np.nonzero(at_BK >= 0)
     item_P = history.item_BL[visitor_P, at_BK[visitor_P, step_P]]
-    weight_P = (DECAY**step_P).astype(np.float32)
+    weight_P = (decay**step_P).astype(np.float32)
     return sp.csr_array((weight_P, (visitor_P, item_P)), shape=(len(history), n_rows))
+
+
+def _at(scores_BN: sp.csr_array, candidate_BC: Ints) -> Floats:
+    """Entries of a sparse matrix, row by row; 0 where there is none. [B, C] float32."""
+    scores_BN.sort_indices()
+    n_rows, n_columns = scores_BN.shape
+    row_E = np.repeat(np.arange(n_rows, dtype=np.int64), np.diff(scores_BN.indptr))
+    key_E = row_E * n_columns + scores_BN.indices
+    key_BC = np.arange(n_rows)[:, None] * n_columns + candidate_BC
+    if not len(key_E):
+        return np.zeros(candidate_BC.shape, np.float32)
+    place_BC = np.searchsorted(key_E, key_BC).clip(max=len(key_E) - 1)
+    found: Floats = np.where(key_E[place_BC] == key_BC, scores_BN.data[place_BC], 0).astype(np.float32)
+    return found
 
 
 def top(scores_BN: Floats, k: int) -> Ints:
@@ -52,6 +103,12 @@ def top(scores_BN: Floats, k: int) -> Ints:
     found = torch.from_numpy(scores_BN).topk(min(k, scores_BN.shape[1]), dim=1, sorted=False)
     item_BK: Ints = found.indices.numpy()
     return item_BK
+
+
+def followed(scores_BN: Floats, k: int) -> Ints:
+    """As `top`, with 0 in place of items that never followed."""
+    item_BK = top(scores_BN, k)
+    return np.where(np.take_along_axis(scores_BN, item_BK, 1) > 0, item_BK, 0)
 
 
 def union(parts: list[Ints], n_rows: int, usable_N: npt.NDArray[np.bool_]) -> Ints:
@@ -68,19 +125,19 @@ def union(parts: list[Ints], n_rows: int, usable_N: npt.NDArray[np.bool_]) -> In
 
 
 def retrieve(
-    history: HistoryBatch, model_BN: Floats, follow_BN: Floats, popular_N: Ints, warm_N: npt.NDArray[np.bool_], k: int
-) -> Ints:
-    """Candidates from all sources: k nearest by model and k / 4 among the cold, k followers, the history, the popular.
+    history: HistoryBatch, model_BN: Floats, remembered: Remembered, popular_N: Ints, warm_N: npt.NDArray[np.bool_],
+    k: int,
+) -> Ints:  # fmt: skip
+    """Candidates from all sources: the model's, what followed, the history itself, and the popular.
 
-    model_BN: [B, N + 1] scores by model. follow_BN: [B, N + 1] transition scores. popular_N: items, most popular
-    first. warm_N: [N + 1] bool, has training events. -> [B, C] int64, ascending, 0 padding.
+    model_BN: [B, N + 1] scores by model, which gives k warm and k / 4 cold items. remembered: gives 2 k. popular_N:
+    items, most popular first. warm_N: [N + 1] bool, has training events. -> [B, C] int64, ascending, 0 padding.
     """
     popular_BK = np.broadcast_to(popular_N[: k // 4], (len(history), len(popular_N[: k // 4])))
     usable_N = np.arange(model_BN.shape[1]) > 0
-    follow_BK = top(follow_BN, k)
-    follow_BK = np.where(np.take_along_axis(follow_BN, follow_BK, 1) > 0, follow_BK, 0)
     cold_N = np.flatnonzero(usable_N & ~warm_N)
-    parts = [top(np.where(warm_N, model_BN, -np.inf), k), follow_BK, history.item_BL, popular_BK]
+    parts = [top(np.where(warm_N, model_BN, -np.inf), k), history.item_BL, popular_BK]
+    parts += [followed(remembered.next_BN, k), followed(remembered.near_BN, k)]
     if len(cold_N):
         parts.append(cold_N[top(model_BN[:, cold_N], k // 4)])
     return union(parts, model_BN.shape[1], usable_N)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rayrec.config import ModelConfig
 from rayrec.model.behaviour import HistoryTensors
+from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.encoders import ItemTable
 from rayrec.schema import ACTION_CODE
 
@@ -17,7 +18,7 @@ HEADS = ("next", "purchase")
 TOUCHES = ("view", "click", "cart", "favorite", "purchase")
 DECAYS = (0.9, 0.5)
 """How fast the past fades, an event back, in what a visitor is thought to like: taste, and the mood of the moment."""
-N_FEATURES = 12 + 4 * len(DECAYS) + len(TOUCHES)
+N_FEATURES = 10 + FOLLOW_FEATURES + 4 * len(DECAYS) + len(TOUCHES)
 
 
 class Fusion(nn.Module):
@@ -54,14 +55,14 @@ class Fusion(nn.Module):
         user_BD: Tensor,
         candidate_BC: Tensor,
         vector_ND: Tensor,
-        follow_BC2: Tensor,
+        follow_BCF: Tensor,
     ) -> Tensor:
         """Logits [B, C, heads]; padding candidates get a value that the caller must mask.
 
-        follow_BC2: [B, C, 2], transition count and share of each candidate after the visitor's last items.
+        follow_BCF: [B, C, FOLLOW_FEATURES], how the candidate followed the visitor's items in the past.
         """
         vector_BCD, past_BLD = vector_ND[candidate_BC], vector_ND[history.item_BL]
-        feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BC2)
+        feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BCF)
         crossed_BCD = self.normalise(user_BD[:, None] * vector_BCD)
         return self.linear(feature_BCF) + self.out(self.hidden(torch.cat([crossed_BCD, feature_BCF], -1)))
 
@@ -73,7 +74,7 @@ class Fusion(nn.Module):
         candidate_BC: Tensor,
         vector_BCD: Tensor,
         past_BLD: Tensor,
-        follow_BC2: Tensor,
+        follow_BCF: Tensor,
     ) -> Tensor:
         """[B, C, F] float32: how the candidate fits the visitor, each number at about unit scale."""
         real_BL = history.item_BL > 0
@@ -92,8 +93,7 @@ class Fusion(nn.Module):
 
         columns = [
             dot_BC,
-            torch.log1p(follow_BC2[..., 0]),
-            torch.log(follow_BC2[..., 1] + 1e-4) / 4 + 1,
+            *follow_BCF.unbind(-1),
             items.log_popularity_N[candidate_BC],
             (count_BC > 0).float(),
             recency_BC,

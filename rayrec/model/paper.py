@@ -141,7 +141,7 @@ class PaperModel(nn.Module):
         return torch.stack([torch.ones_like(term_B), term_B], 1)
 
     def fuse(
-        self, history: HistoryTensors, user_BD: Tensor, candidate_BC: Tensor, vector_ND: Tensor, follow_BC2: Tensor
+        self, history: HistoryTensors, user_BD: Tensor, candidate_BC: Tensor, vector_ND: Tensor, follow_BCF: Tensor
     ) -> Tensor:
         """Logits: the sum of both terms. [B, C, 1]."""
         return vector_ND[candidate_BC] @ user_BD[:, :, None]

@@ -42,13 +42,13 @@ class NextItems:
 class Lists:
     """A training batch of the second stage: candidates that retrieval returned, and which one came next.
 
-    candidate_BC: [B, C] int64, 0 padding. follow_BC2: [B, C, 2]. target_B: [B] int64, place of the right one in its
-    list. purchase_B: [B] bool, it was a purchase.
+    candidate_BC: [B, C] int64, 0 padding. follow_BCF: [B, C, FOLLOW_FEATURES], see `candidates.Remembered`.
+    target_B: [B] int64, place of the right one in its list. purchase_B: [B] bool, it was a purchase.
     """
 
     history: HistoryTensors
     candidate_BC: Tensor
-    follow_BC2: Tensor
+    follow_BCF: Tensor
     target_B: Tensor
     purchase_B: Tensor
 
@@ -141,7 +141,7 @@ class Recommender(nn.Module):
         assert self.vector_ND is not None, "set vector_ND before training the fusion"
         with torch.no_grad():
             user_BD = self.encode_users(batch.history, self.vector_ND)
-        logit_BCH = self.fuse(batch.history, user_BD, batch.candidate_BC, self.vector_ND, batch.follow_BC2)
+        logit_BCH = self.fuse(batch.history, user_BD, batch.candidate_BC, self.vector_ND, batch.follow_BCF)
         logit_BCH = logit_BCH.masked_fill((batch.candidate_BC == 0)[..., None], -1e4)
         next_loss = listwise(logit_BCH[..., 0], batch.target_B, torch.ones_like(logit_BCH[:, 0, 0]))
         return next_loss + listwise(logit_BCH[..., 1], batch.target_B, batch.purchase_B.float())
@@ -173,10 +173,10 @@ class Recommender(nn.Module):
         return last_BD(self.behaviour(vector_ND[history.item_BL], history), history.length_B)
 
     def fuse(
-        self, history: HistoryTensors, user_BD: Tensor, candidate_BC: Tensor, vector_ND: Tensor, follow_BC2: Tensor
+        self, history: HistoryTensors, user_BD: Tensor, candidate_BC: Tensor, vector_ND: Tensor, follow_BCF: Tensor
     ) -> Tensor:
         """Logits of every head. [B, C, heads]."""
-        return self.fusion(self.items, history, user_BD, candidate_BC, vector_ND, follow_BC2)
+        return self.fusion(self.items, history, user_BD, candidate_BC, vector_ND, follow_BCF)
 
     def calibrated(self, logit_BCH: Tensor) -> Tensor:
         """Probabilities in (0, 1), in the order of the logits."""

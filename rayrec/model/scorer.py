@@ -9,13 +9,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 import torch
 
 from rayrec.catalogue import Catalogue
+from rayrec.followers import Followers
 from rayrec.history import HistoryBatch
 from rayrec.model.behaviour import HistoryTensors
-from rayrec.model.candidates import Transitions, retrieve
+from rayrec.model.candidates import Memory, retrieve
 from rayrec.model.paper import PaperModel
 from rayrec.model.recommender import Recommender
 
@@ -26,7 +26,7 @@ Ints = npt.NDArray[np.int64]
 class Scorer:
     """Ranks items for visitors; the same object judges in evaluation and answers in serving.
 
-    vectors_ND: [N + 1, D] float32, row 0 zeros. cooccurrence: [N + 1, N + 1] csr, what follows what.
+    vectors_ND: [N + 1, D] float32, row 0 zeros. followers: what follows what.
     fused: rank by the fusion; without it by inner product alone (always so for the paper's model).
     """
 
@@ -35,7 +35,7 @@ class Scorer:
         model: Recommender | PaperModel,
         catalogue: Catalogue,
         vectors_ND: Floats,
-        cooccurrence: sp.csr_array,
+        followers: Followers,
         clock: str,
         *,
         fused: bool = True,
@@ -43,12 +43,12 @@ class Scorer:
         self.model = model.eval()
         self.catalogue = catalogue
         self.vectors_ND = vectors_ND
-        self.cooccurrence = cooccurrence
+        self.cooccurrence = followers.next
         self.clock = clock
         self.heads = model.heads
         self.max_len = model.config.model.max_len
         self.fused = fused and isinstance(model, Recommender)
-        self._transitions = Transitions(cooccurrence)
+        self._memory = Memory(followers)
         self._warm_N = catalogue.n_train > 0
         self._popular_N = np.argsort(-catalogue.n_train[1:], kind="stable") + 1
         self._device = next(model.parameters()).device
@@ -68,8 +68,8 @@ class Scorer:
         total = sum(heads.values())
         if total <= 0:
             raise ValueError("the weights of the heads must add up to more than 0")
-        follow_BC2 = _at(candidates_BC, *self._transitions.scores(history))
-        logit_BCH = self._logits(history, user_BD, candidates_BC, follow_BC2)
+        follow_BCF = self._memory.ask(history).at(candidates_BC)
+        logit_BCH = self._logits(history, user_BD, candidates_BC, follow_BCF)
         probability_BCH = self.model.calibrated(logit_BCH).cpu().numpy()
         score_BC = np.zeros(candidates_BC.shape, np.float32)
         for head, weight in heads.items():
@@ -89,8 +89,8 @@ class Scorer:
         model_BN = self._by_model(user_BD)
         if not self.fused:
             return model_BN if isinstance(self.model, PaperModel) else self._cold_last(model_BN)
-        candidates_BC, follow_BC2 = self._retrieve(history, model_BN)
-        logit_BC = self._logits(history, user_BD, candidates_BC, follow_BC2)[..., self._head(head)].cpu().numpy()
+        candidates_BC, follow_BCF = self._retrieve(history, model_BN)
+        logit_BC = self._logits(history, user_BD, candidates_BC, follow_BCF)[..., self._head(head)].cpu().numpy()
         real_BC = candidates_BC > 0
         lowest_B1 = np.where(real_BC, logit_BC, np.inf).min(1, keepdims=True)
         below_BN = model_BN - model_BN.max(1, keepdims=True) + lowest_B1 - 1.0
@@ -99,7 +99,7 @@ class Scorer:
         return below_BN
 
     def candidates(self, history: HistoryBatch) -> tuple[Ints, Floats]:
-        """What retrieval returns, and each candidate's transition count and share. [B, C] int64, [B, C, 2]."""
+        """What retrieval returns, and what its features by memory are. [B, C] int64, [B, C, FOLLOW_FEATURES]."""
         return self._retrieve(history, self._by_model(self.user_vectors(history)))
 
     @torch.inference_mode()
@@ -117,21 +117,21 @@ class Scorer:
         return np.where(self._warm_N, model_BN, model_BN - spread_B1)
 
     def _retrieve(self, history: HistoryBatch, model_BN: Floats) -> tuple[Ints, Floats]:
-        count_BN, share_BN = self._transitions.scores(history)
+        remembered = self._memory.ask(history)
         k = self.model.config.model.candidates
-        candidates_BC = retrieve(history, model_BN, count_BN, self._popular_N, self._warm_N, k)
-        return candidates_BC, _at(candidates_BC, count_BN, share_BN)
+        candidates_BC = retrieve(history, model_BN, remembered, self._popular_N, self._warm_N, k)
+        return candidates_BC, remembered.at(candidates_BC)
 
     def logits(self, history: HistoryBatch, candidates_BC: Ints) -> Floats:
         """Raw logits of every head, before calibration; padding is not masked. [B, C, heads] float32."""
-        follow_BC2 = _at(candidates_BC, *self._transitions.scores(history))
-        return self._logits(history, self.user_vectors(history), candidates_BC, follow_BC2).cpu().numpy()
+        follow_BCF = self._memory.ask(history).at(candidates_BC)
+        return self._logits(history, self.user_vectors(history), candidates_BC, follow_BCF).cpu().numpy()
 
     def _head(self, head: str) -> int:
         return self.heads.index(head) if head in self.heads else 0
 
     @torch.inference_mode()
-    def _logits(self, history: HistoryBatch, user_BD: Floats, candidates_BC: Ints, follow_BC2: Floats) -> torch.Tensor:
+    def _logits(self, history: HistoryBatch, user_BD: Floats, candidates_BC: Ints, follow_BCF: Floats) -> torch.Tensor:
         def move(values: npt.NDArray[np.generic]) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
 
@@ -140,10 +140,5 @@ class Scorer:
             move(user_BD),
             move(candidates_BC),
             self._vector_ND,
-            move(follow_BC2),
+            move(follow_BCF),
         )
-
-
-def _at(candidates_BC: Ints, *scores: Floats) -> Floats:
-    """Each of the [B, N + 1] scores at the candidates, side by side. [B, C, 2] float32."""
-    return np.stack([np.take_along_axis(scores_BN, candidates_BC, 1) for scores_BN in scores], -1).astype(np.float32)

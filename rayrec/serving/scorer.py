@@ -12,7 +12,7 @@ from rayrec.model.scorer import Scorer
 def load_scorer(bundle: Bundle) -> Scorer:
     """The scorer of a bundle, on the CPU; the item vectors stay memory-mapped."""
     model = build(bundle.config, bundle.catalogue, weights=bundle.tensors())
-    return Scorer(model, bundle.catalogue, bundle.vectors_ND, bundle.cooccurrence, bundle.clock)
+    return Scorer(model, bundle.catalogue, bundle.vectors_ND, bundle.followers, bundle.clock)
 
 
 def open_scorer(path: str) -> Scorer:

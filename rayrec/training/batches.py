@@ -77,7 +77,7 @@ class ListCollate:
     def __call__(self, rows: pa.Table) -> Lists:
         """A batch on the device; fewer lists than rows where targets were missed."""
         history = history_of(rows, self.scorer.max_len, self.scorer.clock)
-        candidate_BC, follow_BC2 = self.scorer.candidates(history)
+        candidate_BC, follow_BCF = self.scorer.candidates(history)
         target_B = np.asarray(rows["target"], np.int64)
         hit_BC = candidate_BC == target_B[:, None]
         found_B = hit_BC.any(1)
@@ -91,7 +91,7 @@ class ListCollate:
         return Lists(
             HistoryTensors.of(kept, self.device),
             move(candidate_BC),
-            move(follow_BC2),
+            move(follow_BCF),
             move(hit_BC.argmax(1)),
             move(purchase_B),
         )

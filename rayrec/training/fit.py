@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import Config, TrainConfig
 from rayrec.data.dataset import Dataset
 from rayrec.evaluation import ReplaySettings, replay, summarise
+from rayrec.followers import Followers
 from rayrec.model.paper import PaperModel
 from rayrec.model.recommender import build
 from rayrec.model.scorer import Scorer
@@ -39,13 +39,13 @@ from rayrec.training.warm_start import warm_start
 class Job:
     """What every worker of a training is told.
 
-    followers: transition counts of the first stage, [N + 1, N + 1]. rows: rows of each stage in the whole dataset.
+    followers: counts of the first stage. rows: rows of each stage in the whole dataset.
     start_from: a bundle whose weights to start from.
     """
 
     config: Config
     dataset: str
-    followers: sp.csr_array
+    followers: Followers
     rows: dict[str, int]
     start_from: str | None = None
 

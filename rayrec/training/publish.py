@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
-import scipy.sparse as sp
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,6 +24,7 @@ from rayrec.config import Config
 from rayrec.data.cooccurrence import strongest
 from rayrec.data.dataset import Dataset, Images
 from rayrec.errors import writing
+from rayrec.followers import Followers
 from rayrec.progress import Task
 from rayrec.training.tracking import draw_curves
 
@@ -38,21 +38,23 @@ def write_bundle(
     dataset: Dataset,
     catalogue: Catalogue,
     config: Config,
-    followers: sp.csr_array,
+    followers: Followers,
     *,
     live: bool = True,
 ) -> Bundle:
     """Write the bundle of a finished training, and make it the live version if `live`.
 
-    checkpoint: folder with model.safetensors, vectors.npy and state.json. followers: transition counts of all
-    training events; the strongest FOLLOWERS_KEPT of each item are kept.
+    checkpoint: folder with model.safetensors, vectors.npy and state.json. followers: counts of all training events;
+    the strongest FOLLOWERS_KEPT of each item are kept.
     """
     history = json.loads((checkpoint / "state.json").read_text())["history"]
     with writing(bundles), BundleWriter(bundles, new_version(bundles)) as writer:
         writer.tensors(load_file(checkpoint / "model.safetensors"))
         writer.json("config.json", config.model_dump(mode="json"))
         writer.array("vectors.npy", np.load(checkpoint / "vectors.npy", allow_pickle=False).astype(np.float32))
-        writer.matrix("cooccurrence", strongest(followers.astype(np.float32), FOLLOWERS_KEPT))
+        kept = followers.map(lambda counts: strongest(counts.astype(np.float32), FOLLOWERS_KEPT))
+        writer.matrix("cooccurrence/next", kept.next)
+        writer.matrix("cooccurrence/near", kept.near)
         pq.write_table(catalogue.table, writer.file("items/items.parquet"))
         for name in ("categories", "brands", "encoder"):
             writer.json(f"vocab/{name}.json", dataset.vocab(name))

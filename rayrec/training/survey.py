@@ -1,4 +1,4 @@
-"""One pass over a dataset's sequences before training: transition counts, and how many rows each stage has.
+"""One pass over a dataset's sequences before training: what follows what, and how many rows each stage has.
 
 In: a dataset and settings. Out: what a `Job` needs. It must not know models or Ray.
 """
@@ -11,25 +11,26 @@ import pyarrow.dataset as pads
 import scipy.sparse as sp
 
 from rayrec.config import Config
-from rayrec.data.cooccurrence import count_transitions
+from rayrec.data.cooccurrence import count_followers
 from rayrec.data.dataset import Dataset
 from rayrec.data.training_events import TrainingEvents
 from rayrec.errors import DataError
 from rayrec.files import filesystem
+from rayrec.followers import Followers
 from rayrec.progress import Task
 from rayrec.training.windows import examples, first_stage_events, next_item_windows
 
 
 @dataclass(frozen=True)
 class Survey:
-    """rows: training rows of each stage. first_stage: transition counts without the events that teach the fusion.
+    """rows: training rows of each stage. first_stage: counts without the events that teach the fusion.
 
-    everything: transition counts of all training events, for serving. Both [N + 1, N + 1] csr.
+    everything: counts of all training events, for serving.
     """
 
     rows: dict[str, int]
-    first_stage: sp.csr_array
-    everything: sp.csr_array
+    first_stage: Followers
+    everything: Followers
 
 
 def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
@@ -37,8 +38,8 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
 
     Raises DataError if nothing can be learned: no visitor has two training events.
     """
-    size = (n_items + 1, n_items + 1)
-    first_stage, everything = sp.csr_array(size), sp.csr_array(size)
+    empty = sp.csr_array((n_items + 1, n_items + 1))
+    first_stage = everything = Followers(empty, empty)
     paper = config.model.kind == "paper"
     rows = {"pairs": 0} if paper else {"retrieval": 0, "fusion": 0}
     share = config.train.fusion_holdout
@@ -48,11 +49,11 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
         for shard in shards:
             table = shard.to_table()
             events = TrainingEvents.of(table)
-            everything = everything + count_transitions(events.item_E, events.offsets, n_items)
+            everything = everything + count_followers(events.item_E, events.offsets, n_items)
             if paper:
                 rows["pairs"] += len(examples(table, 1))
             else:
-                first_stage = first_stage + count_transitions(*first_stage_events(table, share), n_items)
+                first_stage = first_stage + count_followers(*first_stage_events(table, share), n_items)
                 rows["retrieval"] += len(next_item_windows(table, config.model.max_len, share))
                 rows["fusion"] += len(examples(table, 1, share))
             task.advance()
