@@ -118,7 +118,7 @@ class Recurrent(nn.Module):
         """[B, L, D] -> [B, L, H]; entries of padding mean nothing."""
         longest = step_BLD.shape[1]
         length_B = length_B.cpu()
-        if 2 * int(length_B.sum()) > length_B.numel() * longest:
+        if 2 * int(length_B.sum()) >= length_B.numel() * longest:
             state_BLH: Tensor = self.layers(step_BLD)[0]
             return state_BLH
         # Batches are bucketed by length, so this is for the few of a chunk that mix lengths, and for serving.
