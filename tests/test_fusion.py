@@ -120,7 +120,7 @@ def test_it_starts_from_the_order_of_retrieval(items: ItemTable, vector_ND: torc
     fusion = Fusion(tinyshop.tiny().model).eval()
     history, candidate_BC = past([(1, "view"), (2, "view")]), torch.tensor([[3, 14, 25, 36]])
     user_BD = torch.randn(1, WIDTH)
-    logit_BCH = fusion(items, history, user_BD, candidate_BC, vector_ND, torch.rand(1, 4, 2))
+    logit_BCH = fusion(items, history, user_BD, candidate_BC, vector_ND, torch.rand(1, 4, FOLLOW_FEATURES))
     bias_H = fusion.linear.bias
     for head in range(len(HEADS)):
         torch.testing.assert_close(logit_BCH[0, :, head], vector_ND[candidate_BC[0]] @ user_BD[0] + bias_H[head])
@@ -134,7 +134,7 @@ def test_taste_changes_the_order_of_items(items: ItemTable, vector_ND: torch.Ten
             parameter.normal_()
     candidate_BC = torch.arange(1, 31)[None].expand(2, -1)
     history = past([(1, "view"), (2, "cart")], [(35, "purchase")])
-    logit_BCH = fusion(items, history, torch.randn(2, WIDTH), candidate_BC, vector_ND, torch.ones(2, 30, 2))
+    logit_BCH = fusion(items, history, torch.randn(2, WIDTH), candidate_BC, vector_ND, torch.ones(2, 30, FOLLOW_FEATURES))
     assert logit_BCH[0, :, 0].argsort().tolist() != logit_BCH[1, :, 0].argsort().tolist()
 
 

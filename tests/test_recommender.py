@@ -10,6 +10,7 @@ import torch
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
 from rayrec.model.behaviour import HistoryTensors
+from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.recommender import Lists, NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE
 
@@ -41,7 +42,7 @@ def lists(model: Recommender) -> Lists:
     model.vector_ND = model.encode_items()
     candidate_BC = torch.tensor([[3, 12, 25, 0], [4, 9, 31, 32]])
     return Lists(
-        past([1, 2], [3]), candidate_BC, torch.rand(2, 4, 2), torch.tensor([0, 3]), torch.tensor([True, False])
+        past([1, 2], [3]), candidate_BC, torch.rand(2, 4, FOLLOW_FEATURES), torch.tensor([0, 3]), torch.tensor([True, False])
     )
 
 
