@@ -106,7 +106,9 @@ def test_all_sources_are_asked() -> None:
 
 def test_a_visitor_without_history_still_gets_the_popular() -> None:
     nothing_BN = np.zeros((1, 6), np.float32)
-    out_BC = retrieve(histories([]), nothing_BN, Remembered(nothing_BN, nothing_BN, ()), np.array([3, 5, 1]), np.ones(6, bool), 8)
+    out_BC = retrieve(
+        histories([]), nothing_BN, Remembered(nothing_BN, nothing_BN, ()), np.array([3, 5, 1]), np.ones(6, bool), 8
+    )
     assert {3, 5} <= set(out_BC[0].tolist())
 
 

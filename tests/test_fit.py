@@ -187,7 +187,8 @@ def test_the_papers_model_trains_and_counts_pairs(tmp_path: Path) -> None:
 
     shop = tinyshop.write(tmp_path / "dataset", image_size=128, users=4)
     rows = {"pairs": len(examples(shop.sequences(), 5))}
-    job = Job(PAPER, shop.path, sp.csr_array((tinyshop.N_ITEMS + 1,) * 2), rows)
+    nothing = sp.csr_array((tinyshop.N_ITEMS + 1,) * 2)
+    job = Job(PAPER, shop.path, Followers(nothing, nothing), rows)
     fit = Fit(job, LocalFeed(shop, PAPER), Forgetful(tmp_path))
     fit.run()
     assert [(line["stage"], line["samples"], line["steps"]) for line in fit.history] == [("pairs", 8, 2)]

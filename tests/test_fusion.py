@@ -134,7 +134,9 @@ def test_taste_changes_the_order_of_items(items: ItemTable, vector_ND: torch.Ten
             parameter.normal_()
     candidate_BC = torch.arange(1, 31)[None].expand(2, -1)
     history = past([(1, "view"), (2, "cart")], [(35, "purchase")])
-    logit_BCH = fusion(items, history, torch.randn(2, WIDTH), candidate_BC, vector_ND, torch.ones(2, 30, FOLLOW_FEATURES))
+    logit_BCH = fusion(
+        items, history, torch.randn(2, WIDTH), candidate_BC, vector_ND, torch.ones(2, 30, FOLLOW_FEATURES)
+    )
     assert logit_BCH[0, :, 0].argsort().tolist() != logit_BCH[1, :, 0].argsort().tolist()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from rayrec.model.losses import full_softmax, listwise, sampled_softmax
+from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
 
 
@@ -97,3 +98,30 @@ def test_the_greatest_draw_is_an_item_with_training_events(monkeypatch) -> None:
     assert sampler(1).item() == 9
     monkeypatch.setattr(torch, "rand", lambda n, **how: torch.zeros(n, dtype=torch.float64))
     assert sampler(1).item() == 1
+
+
+def test_bpr_max_by_hand() -> None:
+    user_PD, target_PD, negative_MD = torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.tensor([[1.0], [0.0]])
+    loss = bpr_max(user_PD, target_PD, negative_MD, torch.tensor([3]), torch.tensor([1, 2]), penalty=0.5)
+    heavy = math.exp(1) / (math.exp(1) + 1)
+    won = heavy / (1 + math.exp(-1)) + (1 - heavy) / (1 + math.exp(-2))
+    assert math.isclose(float(loss), -math.log(won) + 0.5 * heavy, rel_tol=1e-5)
+
+
+def test_gbce_by_hand() -> None:
+    user_PD, target_PD, negative_MD = torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.tensor([[1.0], [0.0]])
+    given = (user_PD, target_PD, negative_MD, torch.tensor([3]), torch.tensor([1, 2]))
+    wrong = math.log(1 + math.exp(1)) + math.log(2)
+    right = math.log(1 + math.exp(-2))
+    assert math.isclose(float(gbce(*given, n_items=5, calibration=0.0)), right + wrong, rel_tol=1e-5)
+    assert math.isclose(float(gbce(*given, n_items=5, calibration=1.0)), 0.5 * right + wrong, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bpr_max", "gbce"])
+def test_a_negative_that_is_the_target_teaches_nothing(loss: str) -> None:
+    user_PD, negative_MD = torch.tensor([[1.0]]), torch.tensor([[0.5], [3.0]], requires_grad=True)
+    given = (user_PD, torch.tensor([[2.0]]), negative_MD, torch.tensor([3]), torch.tensor([1, 3]))
+    (bpr_max(*given) if loss == "bpr_max" else gbce(*given, n_items=9)).backward()
+    assert negative_MD.grad is not None
+    assert negative_MD.grad[0].abs() > 1e-3
+    assert negative_MD.grad[1].abs() < 1e-6

@@ -42,7 +42,11 @@ def lists(model: Recommender) -> Lists:
     model.vector_ND = model.encode_items()
     candidate_BC = torch.tensor([[3, 12, 25, 0], [4, 9, 31, 32]])
     return Lists(
-        past([1, 2], [3]), candidate_BC, torch.rand(2, 4, FOLLOW_FEATURES), torch.tensor([0, 3]), torch.tensor([True, False])
+        past([1, 2], [3]),
+        candidate_BC,
+        torch.rand(2, 4, FOLLOW_FEATURES),
+        torch.tensor([0, 3]),
+        torch.tensor([True, False]),
     )
 
 

@@ -15,6 +15,7 @@ from rayrec.bundle import Bundle
 from rayrec.catalogue import Catalogue
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
+from rayrec.followers import Followers
 from rayrec.model.recommender import Recommender, build
 from rayrec.schema import ITEM_SCHEMA
 from rayrec.training.fit import Fit, Job
@@ -32,7 +33,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     config = tinyshop.tiny("train.epochs=1", "train.fusion_epochs=0")
     (folder / "checkpoint").mkdir()
     train_alone(dataset, config, folder / "checkpoint")
-    followers = sp.csr_array((tinyshop.N_ITEMS + 1,) * 2)
+    nothing = sp.csr_array((tinyshop.N_ITEMS + 1,) * 2)
+    followers = Followers(nothing, nothing)
     return write_bundle(folder / "checkpoint", str(folder / "bundles"), dataset, dataset.catalogue(), config, followers)
 
 
@@ -66,7 +68,9 @@ def test_items_that_were_renumbered_keep_their_vectors(bundle: Bundle) -> None:
         for row, word in enumerate(VOCAB[vocab]):
             expected = old[name][before.index(word)] if word in before else fresh[name][row]
             torch.testing.assert_close(model.state_dict()[name][row], expected, atol=0, rtol=0, msg=word)
-    torch.testing.assert_close(model.behaviour.lstm.weight_ih_l0, old["behaviour.lstm.weight_ih_l0"], atol=0, rtol=0)
+    torch.testing.assert_close(
+        model.behaviour.encoder.layers.weight_ih_l0, old["behaviour.encoder.layers.weight_ih_l0"], atol=0, rtol=0
+    )
 
 
 def test_a_cold_item_and_a_warm_one_keep_their_content_vectors(bundle: Bundle) -> None:
