@@ -19,6 +19,7 @@ from rayrec.config import Config, preset, with_settings
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError
 from rayrec.evaluation import ReplaySettings, replay, summarise
+from rayrec.followers import Followers
 from rayrec.model.recommender import Recommender, build
 from rayrec.model.scorer import Scorer
 from rayrec.schema import SEQUENCE_SCHEMA
