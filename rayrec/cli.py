@@ -200,6 +200,8 @@ def serve(
     from rayrec.serving.app import run_server
 
     require_absolute(bundle, state and state.removeprefix("sqlite:///"))
+    if min_replicas and max_replicas and min_replicas > max_replicas:
+        raise UsageError(f"--min-replicas {min_replicas} is more than --max-replicas {max_replicas}")
     given = {"min_replicas": min_replicas, "max_replicas": max_replicas}
     options = [f"autoscale.{name}={value}" for name, value in given.items() if value is not None]
     config: ServeConfig = with_settings(ServeConfig(), [*options, *(set_ or [])])
@@ -243,6 +245,9 @@ def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.
     if not found:
         step(f"{bundles}: no bundles; make one with: rayrec train DATASET {bundles}")
     for row in found:
+        if "trouble" in row:
+            typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  damaged: {row['trouble']}")
+            continue
         ndcg = "" if row["ndcg@10"] is None else f"  NDCG@10 {row['ndcg@10']:.4f}"
         typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  {row['created']}  {row['items']} items{ndcg}")
     if as_json:
@@ -281,10 +286,13 @@ def _say_prepared(report: dict[str, Any], dataset: str) -> None:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    metrics = json.loads((folder / "metrics.json").read_text())
-    ndcg = metrics.get("test", {}).get("metrics", {}).get("ndcg@10")
-    return {"created": manifest["created"], "items": manifest["items"], "ndcg@10": ndcg}
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        metrics = json.loads((folder / "metrics.json").read_text())
+        ndcg = metrics.get("test", {}).get("metrics", {}).get("ndcg@10")
+        return {"created": manifest["created"], "items": manifest["items"], "ndcg@10": ndcg}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return {"created": None, "items": None, "ndcg@10": None, "trouble": str(error)}
 
 
 def _print_json(value: Any) -> None:

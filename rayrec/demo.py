@@ -25,7 +25,7 @@ from rayrec.errors import ResourceError, UsageError
 from rayrec.evaluation.oracle import oracle_figures
 from rayrec.evaluation.table import table_lines
 from rayrec.progress import step
-from rayrec.serving.app import run_server, served
+from rayrec.serving.app import checked_address, run_server, served
 from rayrec.serving.judging import judge
 from rayrec.training.trainer import train
 
@@ -39,9 +39,11 @@ def run(work: Path, port: int, leave: bool) -> dict[str, Any]:
     """Sample shop -> prepare -> train -> evaluate -> serve in `work`, which is made anew.
 
     leave: run a scripted shopper against the endpoint and stop; else serve until Ctrl-C.
-    Raises UsageError if `work` holds something else, ResourceError if the shopper's clicks change nothing.
+    Raises UsageError if `work` holds something else, ResourceError at once if the port is in use, and at the end if
+    the shopper's clicks change nothing.
     """
     started = time.monotonic()
+    checked_address("127.0.0.1", port)  # known before the work, not after it
     _clear(work)
     raw, dataset, bundles = work / "shop", work / "dataset", work / "bundles"
     with _chapter(1, "a sample shop whose right answers are known"):

@@ -63,6 +63,7 @@ def rayrec(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         ("serve DIR/none", "DIR/none: no such bundle"),
         ("serve DIR --port 0", "--port"),
         ("serve DIR --port 70000", "--port"),
+        ("serve DIR --min-replicas 3 --max-replicas 2", "--min-replicas 3 is more than --max-replicas 2"),
         ("serve DIR --set explor=1", "did you mean 'explore'?"),
         ("serve DIR --set explore=2", "explore"),
         ("recommend DIR/none --user u", "DIR/none: no such bundle"),
@@ -286,6 +287,19 @@ def test_bundles_list_marks_the_live_version(rayrec: Command, tiny_bundles: Path
     assert row["live"] is True
     assert row["items"] == 24
     assert ran.out.startswith(f"* {row['version']}")
+
+
+def test_bundles_list_names_a_damaged_bundle(rayrec: Command, tmp_path: Path) -> None:
+    for name in ("20260101-000000", "20260102-000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text('{"created": "today", "items": 3}' if name < "20260102" else "{")
+        (tmp_path / name / "metrics.json").write_text("{}")
+    ran = rayrec("bundles", "list", tmp_path, "--json")
+    assert ran.code == 0
+    whole, damaged = json.loads(ran.out.splitlines()[-1])["bundles"]
+    assert (whole["items"], whole.get("trouble")) == (3, None)
+    assert "Expecting" in damaged["trouble"]
+    assert "20260102-000000  damaged: " in ran.out
 
 
 def test_bundles_list_of_a_folder_without_bundles(rayrec: Command, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,6 +123,15 @@ def test_leaves_alone_what_is_not_a_demos(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="name another folder with --work"):
         demo._clear(tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_port_in_use_is_said_before_the_work(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ResourceError, match="choose another --port"):
+            demo.run(tmp_path / "work", taken.getsockname()[1], leave=True)
+    assert not (tmp_path / "work").exists()
 
 
 def test_says_where_it_cannot_write() -> None:

@@ -74,6 +74,11 @@ def test_ids_are_text_and_keep_their_zeros() -> None:
     assert clean([{"item_id": "0108775015"}, {"item_id": " 007 "}]).kept["item_id"].to_pylist() == ["0108775015", "007"]
 
 
+def test_an_id_that_was_written_as_a_float_is_the_same_item() -> None:
+    cleaned = clean([{"item_id": "17850.0", "title": "A"}, {"item_id": "17850", "title": "A"}])
+    assert cleaned.kept["item_id"].to_pylist() == ["17850"]
+
+
 def test_an_item_may_be_called_null() -> None:
     assert clean([{"item_id": "null"}]).kept["item_id"].to_pylist() == ["null"]
 

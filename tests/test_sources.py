@@ -162,6 +162,19 @@ def test_shards_have_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [read(path) for path in shards] == [[row] for row in EXPECTED["movielens_1m"]]
 
 
+def test_a_damaged_archive_is_the_sources_fault(tmp_path: Path) -> None:
+    src = download(tmp_path / "src", "online_retail")
+    with tarfile.open(tmp_path / "days.tar.gz", "w:gz") as archive:
+        archive.add(src, "by-day")
+    whole = (tmp_path / "days.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[:-40])
+    (tmp_path / "text.csv.gz").write_text("InvoiceNo,StockCode")
+    for name in ("cut.tar.gz", "text.csv.gz"):
+        with pytest.raises(DataError, match=f"{name}: a damaged archive"):
+            import_source("online_retail", tmp_path / name, tmp_path / "raw")
+        assert not (tmp_path / "raw").exists()
+
+
 def test_mistakes_are_explained(tmp_path: Path) -> None:
     src = download(tmp_path / "src", "hm")
     with pytest.raises(UsageError, match="unknown format 'netflix': choose one of online_retail"):

@@ -256,7 +256,7 @@ def test_unknown_visitors_get_a_list(client: Client, who: dict[str, str]) -> Non
     assert ids(ask(client, k=3, **who)) == ["blue-0", "green-0", "red-0"]
 
 
-@pytest.mark.parametrize("k", [0, 201, -3, 1.5, "10", None, True])
+@pytest.mark.parametrize("k", [0, 201, -3, 1.5, "10", True])
 def test_k_is_1_to_200(client: Client, k: Any) -> None:
     body = problem(client.post("/v1/recommend", {"user_id": "u", "k": k}), 422)
     assert body["errors"][0]["pointer"] == "/k"

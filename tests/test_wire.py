@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,3 +115,14 @@ def test_a_request_becomes_what_ranking_is_asked() -> None:
     )
     assert (request.filters.category, request.filters.price_min, request.filters.price_max) == (("c",), 1.0, None)
     assert (request.filters.exclude, request.explore, request.diversity, request.store) == (("d",), 0.25, None, True)
+
+
+def test_null_stands_for_a_field_that_is_not_there() -> None:
+    fields = ("user_id", "scene", "k", "context", "events", "store", "filters", "diversity", "explore", "reasons")
+    assert wire.RecommendRequest.model_validate({"session_id": "s", **dict.fromkeys(fields)}) == wire.RecommendRequest(
+        session_id="s"
+    )
+    nested = {"session_id": "s", "filters": {"category": None, "brand": "b", "price": None, "exclude": None}}
+    assert wire.RecommendRequest.model_validate(nested).filters.brand == ("b",)
+    with pytest.raises(pydantic.ValidationError, match="Extra inputs are not permitted"):
+        wire.RecommendRequest.model_validate({"session_id": "s", "sceen": None})

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayrec.data.ids import clean_ids
 from rayrec.data.items import clean_items
 from rayrec.data.ledger import Ledger
 from rayrec.data.mapping import ITEM_COLUMNS, Mapping, resolve
@@ -83,6 +84,6 @@ def _columns(piece: Piece, mapping: Mapping, found: list[str]) -> dict[str, str]
 
 def _images(rows: pa.Table) -> list[tuple[str, str, str, int]]:
     named = rows.filter(pc.and_(rows["image"].is_valid(), rows["item_id"].is_valid()))
-    ids = pc.utf8_trim_whitespace(named["item_id"]).to_pylist()
+    ids = clean_ids(named["item_id"].combine_chunks()).to_pylist()
     columns = (ids, named["image"].to_pylist(), named["file"].to_pylist(), named["row"].to_pylist())
     return list(zip(*columns, strict=True))

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from rayrec.config import CleanConfig
 from rayrec.data.clock import Clock, now_ms, parse_moment, parse_times
+from rayrec.data.ids import clean_ids, written_as_float
 from rayrec.data.mapping import Mapping
 from rayrec.errors import UsageError
 from rayrec.history import Ints
@@ -33,7 +34,6 @@ NUMBERS = ("value", "price", "quantity", "position", "propensity")
 TEXTS = ("event_id", "session_id", "request_id", "scene", "model", "variant")
 REQUIRED = ("user_id", "item_id", "time_ms", "action")
 
-_FLOAT_ID = r"^\d+\.0+$"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
@@ -137,10 +137,8 @@ def _text(rows: pa.Table, name: str, repairs: Counter[str]) -> pa.Array:
     """A column of ids or names: trimmed, and a whole number that was written as a float read back as it was."""
     distinct = _column(rows, name).dictionary_encode()
     words = distinct.dictionary
-    trimmed = pc.utf8_trim_whitespace(words)
-    trimmed = pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed)
-    as_float = pc.fill_null(pc.match_substring_regex(trimmed, _FLOAT_ID), False)
-    clean = pc.if_else(as_float, pc.replace_substring_regex(trimmed, r"\.0+$", ""), trimmed)
+    clean, as_float = clean_ids(words), written_as_float(words)
+    trimmed = pc.if_else(pc.is_valid(clean), pc.utf8_trim_whitespace(words), pa.scalar(None, pa.string()))
     for what, changed in (("trimmed", pc.not_equal(trimmed, words)), ("float_to_id", as_float)):
         n = _rows_with(distinct.indices, pc.fill_null(changed, False))
         if n:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from rayrec.catalogue import Ragged
 from rayrec.config import PrepareConfig, TextColumnConfig
 from rayrec.data.columns import ColumnFit, apply, repair
+from rayrec.data.ids import clean_ids
 from rayrec.data.vocabulary import Vocabulary, build_vocabulary, title_codes
 from rayrec.schema import ITEM_SCHEMA, REJECT_SCHEMA, TITLE_BUCKETS
 
@@ -66,7 +67,7 @@ def clean_items(rows: pa.Table) -> CleanedItems:
     frequent value that is not missing, the earliest of them on a tie. A price that is no number, or not above 0, is
     taken as unknown and counted; the item stays.
     """
-    item_id = _text(rows, "item_id", missing_words=False)
+    item_id = clean_ids(_column(rows, "item_id").cast(pa.string()))
     has_id = pc.is_valid(item_id)
     kept_rows = rows.filter(has_id)
     prices, repairs = parse_prices(_column(kept_rows, "price"))
@@ -168,15 +169,14 @@ def _column(rows: pa.Table, name: str) -> pa.Array:
     return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
 
 
-def _text(rows: pa.Table, name: str, missing_words: bool = True) -> pa.Array:
-    """A text column, trimmed; null for blanks, and for "nan", "null", "none", "n/a" if `missing_words`."""
-    return _blank_as_null(_column(rows, name).cast(pa.string()), missing_words)
+def _text(rows: pa.Table, name: str) -> pa.Array:
+    """A text column, trimmed; null for blanks, and for "nan", "null", "none", "n/a"."""
+    return _blank_as_null(_column(rows, name).cast(pa.string()))
 
 
-def _blank_as_null(text: pa.Array, missing_words: bool = True) -> pa.Array:
+def _blank_as_null(text: pa.Array) -> pa.Array:
     trimmed = pc.utf8_trim_whitespace(text)
-    blank = pc.is_in(pc.utf8_lower(trimmed), _MISSING) if missing_words else pc.equal(trimmed, "")
-    return pc.if_else(blank, pa.scalar(None, pa.string()), trimmed)
+    return pc.if_else(pc.is_in(pc.utf8_lower(trimmed), _MISSING), pa.scalar(None, pa.string()), trimmed)
 
 
 # ---------------------------------------------------------------- encoding

@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
+from rayrec.data.ids import floats_as_text
 from rayrec.data.records import BROKEN_QUOTE, is_mark, mark_broken_records, next_boundary
 from rayrec.errors import DataError
 from rayrec.history import Ints
@@ -276,7 +277,7 @@ def _as_text(table: pa.Table, chosen: Mapping[str, str]) -> pa.Table:
     for canonical, theirs in chosen.items():
         column = table[theirs].combine_chunks()
         try:
-            text = pc.cast(column, pa.string())
+            text = floats_as_text(column) if pa.types.is_floating(column.type) else pc.cast(column, pa.string())
         except pa.ArrowNotImplementedError:
             raise DataError(f"column {theirs} holds {column.type}: write plain numbers or strings") from None
         columns[canonical] = pc.if_else(pc.is_in(text, pa.array(NULLS)), pa.scalar(None, pa.string()), text)

@@ -13,6 +13,7 @@ import json
 import shutil
 import tarfile
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -124,6 +125,8 @@ def import_source(name: str, src: str | Path, dst: str | Path) -> dict[str, int]
             shop.close()
             task.update(shop.n_events)
         part.replace(dst)
+    except (EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{src}: a damaged archive ({error}); fetch it again") from None
     except OSError as error:
         raise ResourceError(f"{dst}: cannot write there ({error.strerror or error}); nothing was left behind") from None
     finally:

@@ -53,7 +53,7 @@ def served(
     Raises UsageError for a host that is not loopback, a bundle or a state that cannot be opened; ResourceError for a
     port in use or a cluster that is too small.
     """
-    url = _checked_address(host, port)
+    url = checked_address(host, port)
     bundle = Bundle.open(bundle_path)
     bundle_path = bundle.uri or str(bundle.path)  # one version for all replicas, whatever is published meanwhile
     state_url = absolute_url(state_url)
@@ -214,8 +214,8 @@ def _stopping_serve() -> Iterator[None]:
         serve.shutdown()
 
 
-def _checked_address(host: str, port: int) -> str:
-    """The URL of an address that is loopback and free."""
+def checked_address(host: str, port: int) -> str:
+    """The URL of an address that is loopback and free. Raises UsageError and ResourceError, as `served`."""
     if os.environ.get("RAYREC_API_KEYS"):
         raise UsageError("RAYREC_API_KEYS is set, but this version checks no keys yet; unset it to serve on loopback")
     if not is_loopback(host):

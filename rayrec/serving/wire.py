@@ -64,9 +64,24 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Wire(BaseModel):
-    """A request or a part of one; unknown fields are an error, so that a misspelt one is not lost."""
+    """A request or a part of one; unknown fields are an error, so that a misspelt one is not lost.
+
+    null stands for a field that is not there: many clients write out what they leave open.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = cls.model_fields
+        return {
+            name: value
+            for name, value in given.items()
+            if value is not None or name not in fields or fields[name].is_required()
+        }
 
 
 class EventIn(BaseModel):
