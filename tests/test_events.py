@@ -362,7 +362,8 @@ def test_the_ledger_proves_that_no_row_was_lost() -> None:
     ledger.of(1).read = 2
     ledger.reject(np.array([0, 0]), "bad")
     ledger.collapse(np.array([1]))
-    report = ledger.report(["a.csv", "b.csv"], {0: 1, 1: 1})
+    report = ledger.report(["a.csv", "b.csv", "header-alone.csv"], {0: 1, 1: 1})
+    assert report["files"]["header-alone.csv"] == {"read": 0, "kept": 0, "collapsed": 0, "rejected": {}}
     assert report["files"]["b.csv"] == {"read": 2, "kept": 1, "collapsed": 1, "rejected": {}}
     assert (report["read"], report["kept"], report["rejected"]) == (5, 2, {"bad": 2})
     with pytest.raises(AssertionError, match=r"a\.csv"):

@@ -77,7 +77,7 @@ class Ledger:
         return total
 
     def report(self, names: list[str], kept: Mapping[int, int]) -> dict[str, Any]:
-        """The section of `report.json`, and the proof: `kept` (by file) is counted on its own at the end.
+        """The section of `report.json` with every file, and the proof: `kept` (by file) is counted on its own.
 
         A row that was lost or counted twice is a bug of ours, and fails here.
         """
@@ -86,7 +86,7 @@ class Ledger:
                 f"{names[file]}: read {account.read}, collapsed {account.collapsed}, "
                 f"rejected {dict(account.rejected)}, yet {kept.get(file, 0)} rows were kept"
             )
-        files = {names[file]: self.accounts[file].as_dict() for file in sorted(self.accounts)}
+        files = {name: self.accounts.get(file, Account()).as_dict() for file, name in enumerate(names)}
         return {**self.total().as_dict(), "files": files}
 
 
