@@ -37,6 +37,8 @@ from rayrec.schema import BUNDLE_VERSION
 
 FORMAT = "rayrec-bundle"
 CURRENT = "CURRENT"
+REPLACING = "replacing"
+"""In a manifest while a derived file is being replaced: its new hash."""
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -69,12 +71,15 @@ class Bundle:
             )
         if manifest.pop("seal", None) != _seal(manifest):
             raise BundleError(f"{folder}: manifest.json was changed after it was written; restore it or train again")
+        replacing = manifest.pop(REPLACING, {})
         for name, digest in manifest["files"].items():
             file = folder / name
             if not file.is_file():
                 raise BundleError(f"{folder}: {name} is missing; restore the bundle or train again")
-            if sha256(file) != digest:
+            found = sha256(file)
+            if found not in (digest, replacing.get(name)):
                 raise BundleError(f"{folder}: {name} was changed after it was written; restore it or train again")
+            manifest["files"][name] = found
         return cls(folder, manifest, uri)
 
     @property
@@ -198,18 +203,25 @@ class BundleWriter:
 def add_file(bundle: Bundle, name: str, write: Callable[[Path], object]) -> Bundle:
     """Add or replace one derived file (metrics, a report) of a finished bundle, and its hash in the manifest."""
     part = bundle.path / f".{name}.{uuid.uuid4().hex}"
+
+    def put(changed: str) -> None:
+        if bundle.uri:
+            fs, root = filesystem(bundle.uri)
+            upload_file(bundle.path / changed, fs, f"{root}/{changed}")
+
     try:
         write(part)
         digest = sha256(part)
+        # Between the file and the manifest the bundle must still open, whatever ends us: both hashes are good then.
+        _write_manifest(bundle.path, {**bundle.manifest, REPLACING: {name: digest}})
+        put("manifest.json")
         part.replace(bundle.path / name)
+        put(name)
     finally:
         part.unlink(missing_ok=True)
     manifest = {**bundle.manifest, "files": {**bundle.manifest["files"], name: digest}}
     _write_manifest(bundle.path, manifest)
-    if bundle.uri:
-        fs, root = filesystem(bundle.uri)
-        for changed in (name, "manifest.json"):
-            upload_file(bundle.path / changed, fs, f"{root}/{changed}")
+    put("manifest.json")
     return Bundle(bundle.path, manifest, bundle.uri)
 
 

@@ -216,6 +216,33 @@ def test_a_derived_file_is_added_with_its_hash(tmp_path: Path) -> None:
         Bundle.open(bundle.path)
 
 
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_whatever_ends_a_replacement_the_bundle_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """moment: before the first manifest, before the file, before the second manifest."""
+    bundle = add_file(write(tmp_path), "metrics.json", lambda path: path.write_text("1"))
+    replace, left = Path.replace, moment
+
+    def killed(path: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        add_file(bundle, "metrics.json", lambda path: path.write_text("2"))
+    opened = Bundle.open(tmp_path / "v1")
+    assert opened.json("metrics.json") == (2 if moment == 3 else 1)
+    add_file(opened, "report.html", lambda path: path.write_text("<p>"))
+    assert Bundle.open(tmp_path / "v1").manifest["files"].keys() >= {"metrics.json", "report.html"}
+    (tmp_path / "v1" / "metrics.json").write_text("3")
+    with pytest.raises(BundleError, match=r"metrics\.json was changed"):
+        Bundle.open(tmp_path / "v1")
+
+
 def test_a_derived_file_that_fails_changes_nothing(tmp_path: Path) -> None:
     bundle = write(tmp_path)
     before = listing(tmp_path)
