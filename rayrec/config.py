@@ -125,8 +125,8 @@ class PrepareConfig(Settings):
         if split == "loo":
             return split
         match = re.fullmatch(r"time:(0?\.\d+)", split)
-        if not match or not 0 < float(match.group(1)) < 0.9:
-            raise ValueError("must be 'loo' or 'time:<fraction>', for example time:0.1")
+        if not match or not 0 < float(match.group(1)) < 0.5:  # as much again is validation
+            raise ValueError("must be 'loo' or 'time:<fraction below 0.5>', for example time:0.1")
         return split
 
 

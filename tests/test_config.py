@@ -108,8 +108,8 @@ def test_the_last_of_two_wins() -> None:
         (Config(), "train=3", "setting train:"),
         (Config(), "model.use_image=3", "setting model.use_image:"),
         (Config(), "model.kind=transformer", "'paper' or 'fusion'"),
-        (PrepareConfig(), "split=half", "setting split: must be 'loo' or 'time:<fraction>'"),
-        (PrepareConfig(), "split=time:0.95", "setting split: must be"),
+        (PrepareConfig(), "split=half", "setting split: must be 'loo' or 'time:<fraction below 0.5>'"),
+        (PrepareConfig(), "split=time:0.5", "setting split: must be"),
         (PrepareConfig(), "images.size=4", "greater than or equal to 8"),
     ],
 )
