@@ -303,7 +303,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     # Ray reads it when it is imported. It reports the end of Serve's controller, which is asked to end, as a failure.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"ServeController\.graceful_shutdown failed")
+    sys.unraisablehook = quiet_about_half_built
     sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def quiet_about_half_built(unraisable: sys.UnraisableHookArgs) -> None:
+    """Say nothing of a `__del__` that misses an attribute; all else as Python does.
+
+    Ctrl-C may come while a library builds an object (Ray Data's Dataset does so), which then cannot be torn down.
+    """
+    name = getattr(unraisable.object, "__name__", "")
+    if name != "__del__" or not isinstance(unraisable.exc_value, AttributeError):
+        sys.__unraisablehook__(unraisable)
 
 
 def _run(arguments: list[str]) -> int:
