@@ -308,12 +308,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def quiet_about_half_built(unraisable: sys.UnraisableHookArgs) -> None:
-    """Say nothing of a `__del__` that misses an attribute; all else as Python does.
+    """Say nothing of a `__del__` of Ray's that misses an attribute; all else as Python does.
 
-    Ctrl-C may come while a library builds an object (Ray Data's Dataset does so), which then cannot be torn down.
+    Ctrl-C may come while Ray builds an object (a Dataset, say), which then cannot be torn down.
     """
-    name = getattr(unraisable.object, "__name__", "")
-    if name != "__del__" or not isinstance(unraisable.exc_value, AttributeError):
+    torn_down = getattr(unraisable.object, "__name__", "") == "__del__"
+    of_ray = str(getattr(unraisable.object, "__module__", "")).startswith("ray.")
+    if not (torn_down and of_ray and isinstance(unraisable.exc_value, AttributeError)):
         sys.__unraisablehook__(unraisable)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from rayrec.errors import UsageError
 from rayrec.schema import ACTIONS, ENGAGEMENTS
@@ -155,6 +155,12 @@ class ModelConfig(Settings):
     use_attributes: bool = True
     fusion_width: int = Field(64, ge=4, description="hidden width of the fusion MLP")
     candidates: int = Field(120, ge=10, description="items of each source that the fusion re-orders")
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> ModelConfig:
+        if self.encoder == "transformer" and self.width % self.heads:
+            raise ValueError(f"model.width {self.width} must be a multiple of model.heads {self.heads}")
+        return self
 
 
 class TrainConfig(Settings):
@@ -330,7 +336,8 @@ def _validated(kind: type[C], tree: dict[str, Any]) -> C:
             known = sorted(_names(kind, first["loc"][:-1]))
             raise UsageError(f"there is no setting '{where}'{_nearest(str(first['loc'][-1]), known)}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"setting {where}: {message} (got {first['input']!r})") from None
+        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise UsageError(f"setting {where}: {message}{got}") from None
 
 
 def _names(kind: Any, path: Sequence[int | str]) -> Iterable[str]:

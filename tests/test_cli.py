@@ -310,9 +310,12 @@ def test_bundles_list_of_a_folder_without_bundles(rayrec: Command, tmp_path: Pat
     assert "no bundles" in ran.err
 
 
-@pytest.mark.parametrize(("fault", "said"), [("self.missing", False), ("1 / 0", True)])
-def test_what_ctrl_c_left_half_built_is_torn_down_quietly(fault: str, said: bool) -> None:
+@pytest.mark.parametrize(
+    ("module", "fault", "said"),
+    [("ray.data.dataset", "self.missing", False), ("ray.data.dataset", "1 / 0", True), ("ours", "self.missing", True)],
+)
+def test_what_ctrl_c_left_half_built_is_torn_down_quietly(module: str, fault: str, said: bool) -> None:
     code = "import sys; from rayrec.cli import quiet_about_half_built; sys.unraisablehook = quiet_about_half_built\n"
-    code += f"class Half:\n    def __del__(self): {fault}\nHalf()\n"
+    code += f"__name__ = {module!r}\nclass Half:\n    def __del__(self): {fault}\nHalf()\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ("Traceback" in done.stderr) is said

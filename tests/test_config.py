@@ -108,6 +108,11 @@ def test_the_last_of_two_wins() -> None:
         (Config(), "train=3", "setting train:"),
         (Config(), "model.use_image=3", "setting model.use_image:"),
         (Config(), "model.kind=transformer", "'paper' or 'fusion'"),
+        (
+            with_settings(Config(), ["model.encoder=transformer"]),
+            "model.width=65",
+            "setting model: model.width 65 must be a multiple of model.heads 2",
+        ),
         (PrepareConfig(), "split=half", "setting split: must be 'loo' or 'time:<fraction below 0.5>'"),
         (PrepareConfig(), "split=time:0.5", "setting split: must be"),
         (PrepareConfig(), "images.size=4", "greater than or equal to 8"),

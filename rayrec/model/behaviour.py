@@ -132,8 +132,6 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
-        if width % config.heads:
-            raise ValueError(f"model.width {width} must be a multiple of model.heads {config.heads}")
         self.place = nn.Embedding(config.max_len, width)
         nn.init.normal_(self.place.weight, std=0.02)
         self.blocks = nn.ModuleList(
