@@ -153,9 +153,9 @@ class Running:
             assert time.monotonic() < deadline, f"not ready in {within_s} s:\n{self.said}"
             time.sleep(0.05)
 
-    def interrupt(self, within_s: float = 90) -> int:
-        """Ctrl-C: SIGINT to the whole foreground process group; the exit code."""
-        os.killpg(self.process.pid, signal.SIGINT)
+    def interrupt(self, number: int = signal.SIGINT, within_s: float = 90) -> int:
+        """Ctrl-C: SIGINT, or another signal, to the whole foreground process group; the exit code."""
+        os.killpg(self.process.pid, number)
         return self.process.wait(within_s)
 
 

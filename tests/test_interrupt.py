@@ -121,6 +121,16 @@ def test_serve(own: Terminal, tiny_bundles: Path, tmp_path: Path, moment: str) -
 
 
 @pytest.mark.ray
+def test_serve_stopped_with_all_its_processes_at_once(own: Terminal, tiny_bundles: Path, tmp_path: Path) -> None:
+    """SIGTERM to the whole group, as systemd sends it: Serve's controller may end before it has stopped the proxy."""
+    running = own.start("serve", tiny_bundles, "--port", free_port(), "--state", f"sqlite:///{tmp_path}/state.db")
+    running.wait_until(lambda: "serving at" in running.said and own.has("haproxy"))
+    assert running.interrupt(signal.SIGTERM) == 0, running.said
+    assert "Traceback" not in running.said
+    assert own.left() == []
+
+
+@pytest.mark.ray
 def test_recommend_while_it_loads(own: Terminal, tiny_bundles: Path, tmp_path: Path) -> None:
     running = own.start("recommend", tiny_bundles, "--user", "u1", "--state", f"sqlite:///{tmp_path}/state.db")
     process = psutil.Process(running.process.pid)

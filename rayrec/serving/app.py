@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -76,6 +76,7 @@ def served(
         for name in settings:
             os.environ.pop(name)
         os.environ.update(before)
+        _end_proxies(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -212,6 +213,15 @@ def _stopping_serve() -> Iterator[None]:
         from ray import serve
 
         serve.shutdown()
+
+
+def _end_proxies(folder: Path) -> None:
+    """Kill a proxy on this machine that works in `folder`: whose controller was killed is stopped by nobody else."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            command = entry.read_bytes()
+            if b"haproxy" in command and f"{folder}/".encode() in command:
+                os.kill(int(entry.parent.name), signal.SIGKILL)
 
 
 def checked_address(host: str, port: int) -> str:
