@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import tinyshop
 import torch
 
-from rayrec.bench import BENCHES
 from rayrec.bench.dataset_made import N_ITEMS, make_dataset
 from rayrec.bench.pictures import SIZE, WantsByPicture, log_rows, with_pixels
 from rayrec.bench.training import figures
@@ -56,9 +54,3 @@ def test_figures_tell_the_first_epoch_apart() -> None:
     assert figures(lines) == pytest.approx(
         {"rows_per_s": 40, "wait_share": 0.04, "first_epoch_rows_per_s": 10, "first_epoch_wait_share": 0.5}
     )
-
-
-def test_every_bench_is_there() -> None:
-    modules = {"prepare": "prepare", "train": "training", "images": "pictures"}
-    assert set(BENCHES) == set(modules)
-    assert all(callable(import_module(f"rayrec.bench.{module}").run) for module in modules.values())

@@ -9,12 +9,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from rayrec.bench.measure import Measured, measured
 from rayrec.progress import step
 
 EVENTS_PER_USER = 20
 N_ITEMS = 20_000
 BLOCK_EVENTS = 1_000_000
-SAMPLE_EVERY_S = 0.25
 
 _PANDAS = """
 import json, sys
@@ -42,6 +38,7 @@ def run(events: int, rounds: int) -> dict[str, Any]:
     Raises RuntimeError if the two do not keep the same number of rows.
     """
     runs: dict[str, list[Measured]] = {"rayrec": [], "pandas": []}
+    kept: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
         raw = Path(folder) / "raw"
         step(f"writing {events} events")
@@ -49,12 +46,14 @@ def run(events: int, rounds: int) -> dict[str, Any]:
         for round_ in range(rounds):
             for name, command in (("rayrec", ["-m", "rayrec", "prepare"]), ("pandas", ["-c", _PANDAS])):
                 out = str(Path(folder) / f"{name}-{round_}")
-                one = _measured([sys.executable, *command, str(raw), out, "--json"])
+                one = measured([sys.executable, *command, str(raw), out, "--json"])
                 runs[name].append(one)
+                answer = json.loads(one.output.splitlines()[-1])
+                kept[name] = {what: answer.get("events", answer)[what] for what in ("kept", "collapsed")}
                 cost = f"{one.wall_s:7.1f} s, of CPU {one.cpu_s:7.1f} s, {one.peak_mib:6.0f} MiB"
                 step(f"round {round_ + 1}: {name} {cost}")
-            if runs["rayrec"][-1].answer != runs["pandas"][-1].answer:
-                raise RuntimeError(f"the two do not agree: {runs}")
+            if kept["rayrec"] != kept["pandas"]:
+                raise RuntimeError(f"the two do not agree: {kept}")
     median_s = {name: statistics.median(one.wall_s for one in each) for name, each in runs.items()}
     cpu_s = {name: statistics.median(one.cpu_s for one in each) for name, each in runs.items()}
     ratio = median_s["rayrec"] / median_s["pandas"]
@@ -67,7 +66,8 @@ def run(events: int, rounds: int) -> dict[str, Any]:
         "cpu_s": cpu_s,
         "ratio": round(ratio, 3),
         "peak_pss_mib": {name: max(one.peak_mib for one in each) for name, each in runs.items()},
-        "runs": {name: [asdict(one) for one in each] for name, each in runs.items()},
+        "kept": kept["rayrec"],
+        "runs": {name: [one.figures() for one in each] for name, each in runs.items()},
     }
 
 
@@ -98,76 +98,3 @@ def _some_events(n: int, n_users: int, rng: np.random.Generator) -> pa.Table:
     table = pa.table(columns)
     repeats = rng.integers(0, max(1, n - n // 200), n // 200)
     return pa.concat_tables([table.slice(0, n - len(repeats)), table.take(repeats)])
-
-
-# ---------------------------------------------------------------- measuring
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One run: wall and CPU seconds, peak PSS of the process and all its descendants, and the rows it counted."""
-
-    wall_s: float
-    cpu_s: float
-    peak_mib: float
-    answer: dict[str, int]
-
-
-def _measured(command: list[str]) -> Measured:
-    started = time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    peak_kib = 0
-    cpu_s: dict[int, float] = {}  # CPU time counts other programs out, where the machine is shared
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak_kib
-        while not done.wait(SAMPLE_EVERY_S):
-            family = _family(child.pid)
-            peak_kib = max(peak_kib, sum(_pss_kib(pid) for pid in family))
-            cpu_s.update(family)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        output, _ = child.communicate()
-    finally:
-        done.set()
-        watcher.join()
-        child.kill()
-    if child.returncode:
-        raise RuntimeError(f"{command[1:4]} failed with exit code {child.returncode}")
-    wall_s = time.monotonic() - started
-    answer = json.loads(output.splitlines()[-1])
-    counts = {name: answer.get("events", answer)[name] for name in ("kept", "collapsed")}
-    return Measured(wall_s, sum(cpu_s.values()), peak_kib / 1024, counts)
-
-
-def _family(root: int) -> dict[int, float]:
-    """A process and all its descendants: the CPU seconds that each has used."""
-    children: dict[int, list[int]] = {}
-    cpu_s: dict[int, float] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()  # from the third field of proc(5) on
-        except OSError:
-            continue
-        pid = int(stat.parent.name)
-        children.setdefault(int(fields[1]), []).append(pid)
-        cpu_s[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    family, waiting = {}, [root]
-    while waiting:
-        pid = waiting.pop()
-        family[pid] = cpu_s.get(pid, 0.0)
-        waiting += children.get(pid, [])
-    return family
-
-
-def _pss_kib(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1])
-    except OSError:
-        pass
-    return 0

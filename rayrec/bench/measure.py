@@ -1,0 +1,88 @@
+"""What a command costs: seconds, CPU seconds and memory of it and all that it starts.
+
+In: a command line. Out: a `Measured`. It must not know what the command does.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SAMPLE_EVERY_S = 0.25
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: wall and CPU seconds, peak PSS of the process and all its descendants, and what it printed."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: float
+    output: str
+
+    def figures(self) -> dict[str, float]:
+        """The costs, rounded."""
+        return {name: round(getattr(self, name), 2) for name in ("wall_s", "cpu_s", "peak_mib")}
+
+
+def measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Measured:
+    """Run a command to its end. Raises RuntimeError if it fails. Standard error goes where ours goes."""
+    started = time.monotonic()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=None if env is None else dict(env))
+    peak_kib = 0
+    cpu_s: dict[int, float] = {}  # CPU time counts other programs out, where the machine is shared
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak_kib
+        while not done.wait(SAMPLE_EVERY_S):
+            family = _family(child.pid)
+            peak_kib = max(peak_kib, sum(_pss_kib(pid) for pid in family))
+            cpu_s.update(family)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        output, _ = child.communicate()
+    finally:
+        done.set()
+        watcher.join()
+        child.kill()
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} failed with exit code {child.returncode}")
+    return Measured(time.monotonic() - started, sum(cpu_s.values()), peak_kib / 1024, output)
+
+
+def _family(root: int) -> dict[int, float]:
+    """A process and all its descendants: the CPU seconds that each has used."""
+    children: dict[int, list[int]] = {}
+    cpu_s: dict[int, float] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()  # from the third field of proc(5) on
+        except OSError:
+            continue
+        pid = int(stat.parent.name)
+        children.setdefault(int(fields[1]), []).append(pid)
+        cpu_s[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    family, waiting = {}, [root]
+    while waiting:
+        pid = waiting.pop()
+        family[pid] = cpu_s.get(pid, 0.0)
+        waiting += children.get(pid, [])
+    return family
+
+
+def _pss_kib(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,142 @@
+"""The bench of quality: every model before one judge, each run once, settings chosen on validation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tinyshop
+
+from rayrec.bench import quality
+from rayrec.bench.quality import Peer, export, interval, ratio_interval, run, table
+from rayrec.data.dataset import Dataset
+from rayrec.errors import UsageError
+from rayrec.evaluation.judge import evaluate, floor_makers
+
+# Recommends the items of train.parquet by their counts; "reverse" turns them around. Notes each call.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import pandas as pd
+data, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+with open(settings["log"], "a") as log:
+    log.write(json.dumps(settings) + "\\n")
+if settings.get("break"):
+    sys.exit(3)
+counts = pd.read_parquet(data / "train.parquet")["item"].value_counts()
+items = sorted(counts.index, key=lambda item: (-counts[item], item))
+if settings["reverse"]:
+    items = items[::-1]
+for split in ("valid", "test"):
+    asked = pd.read_parquet(data / f"ask-{split}.parquet")
+    lists = [[item for item in items if item not in set(past)][:100] for past in asked["items"]]
+    pd.DataFrame({"user_id": asked["user_id"], "items": lists}).to_parquet(out / f"lists-{split}.parquet")
+(out / "facts.json").write_text(json.dumps({"train_s": 1.5}))
+"""
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Dataset:
+    return tinyshop.write(tmp_path / "tiny")
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the peer `by-count` notes its calls. It runs in this environment."""
+    script, log = tmp_path / "by_count.py", tmp_path / "calls"
+    script.write_text(SCRIPT)
+    grid = tuple({"reverse": reverse, "log": str(log)} for reverse in (True, False))
+    peers = {
+        "by-count": Peer(str(script.with_suffix("")), (), grid),
+        "broken": Peer(str(script.with_suffix("")), (), ({"break": True, "log": str(log)},)),
+    }
+    monkeypatch.setattr(quality, "PEERS", peers)
+    monkeypatch.setattr(quality, "environment", lambda folder, peer: Path(sys.executable))
+    return log
+
+
+def test_a_peer_is_judged_as_a_floor_of_the_same_mind(shop: Dataset, calls: Path, tmp_path: Path) -> None:
+    result = run([shop.path], tmp_path / "out", ["popular", "markov", "by-count"], seeds=2, minutes=0)
+    popular, markov, peer = result["rows"]
+    judged = evaluate(
+        floor_makers(shop.sequences(), shop.catalogue())["markov"],
+        shop, max_len=50, parallel=False, floors=False, protocols=("metrics",),
+    )  # fmt: skip
+    assert markov["test_ndcg@10"] == pytest.approx(judged["metrics"]["ndcg@10"])
+    assert markov["test_hr@10"] == pytest.approx(judged["metrics"]["hr@10"])
+    # Equal counts are ties, which the judge decides against a floor; a list has none.
+    assert peer["test_ndcg@10"] >= popular["test_ndcg@10"]
+    assert peer["settings"]["reverse"] is False, "chosen on validation"
+    assert peer["seeds"] == [0, 1]
+    assert [json.loads(line)["seed"] for line in calls.read_text().splitlines()] == [0, 0, 1]
+    assert (tmp_path / "out" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "| tiny | by-count | 2 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_what_was_run_is_not_run_again(shop: Dataset, calls: Path, tmp_path: Path) -> None:
+    first = run([shop.path], tmp_path / "out", ["by-count"], seeds=1, minutes=0)
+    n = len(calls.read_text().splitlines())
+    assert run([shop.path], tmp_path / "out", ["by-count"], seeds=1, minutes=0) == first
+    assert len(calls.read_text().splitlines()) == n
+    run([shop.path], tmp_path / "out", ["by-count"], seeds=1, minutes=1)
+    assert len(calls.read_text().splitlines()) > n, "another limit of time is another run"
+
+
+def test_a_peer_that_fails_is_told_in_the_table_and_ends_nothing(shop: Dataset, calls: Path, tmp_path: Path) -> None:
+    broken, popular = run([shop.path], tmp_path / "out", ["broken", "popular"], seeds=1, minutes=0)["rows"]
+    assert "exit code 3" in broken["trouble"]
+    assert popular["test_ndcg@10"] > 0
+
+
+def test_we_are_compared_user_by_user(shop: Dataset, calls: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(quality, "US", "markov")
+    rows = run([shop.path], tmp_path / "out", ["markov", "popular"], seeds=1, minutes=0)["rows"]
+    markov, popular = rows
+    assert "ratio" not in markov
+    assert popular["ratio"] == pytest.approx(markov["test_ndcg@10"] / popular["test_ndcg@10"])
+    low, high = popular["ratio_interval"]
+    assert low < popular["ratio"] < high
+
+
+def test_a_paired_interval_knows_that_users_are_the_same() -> None:
+    gain_U = np.random.default_rng(0).random(400)
+    low, high = ratio_interval(1.1 * gain_U, gain_U)
+    assert low == pytest.approx(1.1)
+    assert high == pytest.approx(1.1)
+    low, high = interval(gain_U)
+    assert low < gain_U.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * gain_U.std() / 20, rel=0.15)
+
+
+def test_a_peer_sees_training_events_and_histories_only(shop: Dataset, tmp_path: Path) -> None:
+    sequences = shop.sequences()
+    export(sequences, tmp_path / "data")
+    train = pq.read_table(tmp_path / "data" / "train.parquet").to_pandas()
+    trained = {user: rows["item"].tolist() for user, rows in train.groupby("user_id")}
+    asked = {
+        split: dict(zip(*pq.read_table(tmp_path / "data" / f"ask-{split}.parquet").to_pydict().values(), strict=True))
+        for split in ("valid", "test")
+    }
+    for row in sequences.to_pylist():
+        if row["valid_at"] > 0:
+            assert asked["valid"][row["user_id"]] == row["item"][: row["valid_at"]]
+        if row["test_at"] > 0:
+            assert asked["test"][row["user_id"]] == row["item"][: row["test_at"]]
+        withheld = {row["purchase_valid_at"], row["purchase_test_at"]}
+        of_training = [item for place, item in enumerate(row["item"][: row["n_train"]]) if place not in withheld]
+        assert trained.get(row["user_id"], []) == of_training
+
+
+def test_usage(shop: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown model nonsense: choose among rayrec, popular, markov, implicit-bm25"):
+        run([shop.path], tmp_path / "out", ["nonsense"], seeds=1, minutes=0)
+    with pytest.raises(UsageError, match="give each its own"):
+        run([shop.path, shop.path], tmp_path / "out", ["popular"], seeds=1, minutes=0)
+
+
+def test_a_table_of_nothing_has_a_head() -> None:
+    assert table([]).startswith("| set | model |")
