@@ -71,7 +71,7 @@ def rayrec(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         ("recommend DIR", "--user"),
         ("recommend DIR --user u -k 0", "-k"),
         ("bundles list DIR/none", "DIR/none: no such folder"),
-        ("bench nothing", "no bench 'nothing': choose one of"),
+        ("bench nothing", "No such command 'nothing'"),
     ],
 )
 def test_wrong_usage_exits_2_with_one_message(rayrec: Command, tmp_path: Path, line: str, words: str) -> None:

@@ -56,8 +56,9 @@ class Peer:
     grid: tuple[Settings, ...]
 
 
-_RECBOLE = ("recbole>=1.2,<1.3", "pyarrow>=14", "torch<2.14", "numpy<2", "scipy<1.14", "ray<2.60")
-_RECTOOLS = ("rectools[torch]>=0.13,<1", "pyarrow>=14", "torch<2.14")
+_BEFORE_NUMPY_2 = ("numpy<2", "pandas<3", "pyarrow>=14,<21", "torch<2.14")
+_RECBOLE = ("recbole>=1.2,<1.3", *_BEFORE_NUMPY_2)
+_RECTOOLS = ("rectools[torch]>=0.13,<1", *_BEFORE_NUMPY_2)
 PEERS: dict[str, Peer] = {
     "implicit-bm25": Peer(
         "implicit_neighbours",
