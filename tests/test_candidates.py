@@ -43,7 +43,7 @@ def test_an_item_seen_twice_counts_twice_and_the_sixth_step_back_not_at_all() ->
 
 
 def test_the_features_of_candidates_by_hand() -> None:
-    """What came next, near and before, and the longer memory, for a candidate, an absent one and padding."""
+    """What came next, near and before, the longer memory and two steps, for a candidate, an absent one and padding."""
     remembered = ask(histories([2, 1]), near={"_1_2": 3.0, "_2_1": 5.0, "_1_3": 1.0}, _1_2=4, _2_1=2)
     feature_CF = remembered.at(np.array([[2, 3, 0]]))[0]
     assert feature_CF.shape == (3, FOLLOW_FEATURES)
@@ -52,15 +52,18 @@ def test_the_features_of_candidates_by_hand() -> None:
         np.log1p(3.0),
         np.log1p(5.0),  # before: 2 came before 1, five times
         np.log1p(3.0),
+        np.log1p(7.5),  # two steps: 2 to 1, half as recent, then 1 to 2
         np.log(4 / 4 + 1e-4) / 4 + 1,
         np.log(3 / 4 + 1e-4) / 4 + 1,
     ]
     np.testing.assert_allclose(feature_CF[0], by_hand, rtol=1e-5)
     never = np.log(1e-4) / 4 + 1
     np.testing.assert_allclose(
-        feature_CF[1], [0, np.log1p(1.0), 0, np.log1p(1.0), never, np.log(0.25 + 1e-4) / 4 + 1], rtol=1e-5
+        feature_CF[1],
+        [0, np.log1p(1.0), 0, np.log1p(1.0), np.log1p(2.5), never, np.log(0.25 + 1e-4) / 4 + 1],
+        rtol=1e-5,
     )
-    np.testing.assert_allclose(feature_CF[2], [0, 0, 0, 0, never, never], rtol=1e-5)
+    np.testing.assert_allclose(feature_CF[2], [0, 0, 0, 0, 0, never, never], rtol=1e-5)
 
 
 def test_the_longer_memory_fades_slowly() -> None:

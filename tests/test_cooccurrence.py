@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrec.data import cooccurrence
-from rayrec.data.cooccurrence import count_together, count_transitions, row_shares, strongest
+from rayrec.data.cooccurrence import count_together, count_transitions, row_shares
 from rayrec.data.training_events import TrainingEvents, training_mask
+from rayrec.followers import strongest
 
 visitors = st.lists(st.lists(st.integers(0, 6), max_size=9), max_size=6)
 

@@ -73,7 +73,7 @@ def test_the_features_by_hand(items: ItemTable, vector_ND: torch.Tensor) -> None
     expected = {
         "dot": float(vector_ND[1].sum() / 2),
         "follow_0": 0.0,
-        "follow_5": 5.0,
+        "follow_6": 6.0,
         "popularity": float(items.log_popularity_N[1]),
         "seen": 1.0,
         "recency": 1 / 2,  # one step back
@@ -93,7 +93,8 @@ def test_the_features_by_hand(items: ItemTable, vector_ND: torch.Tensor) -> None
     expected["price_gap_0.5"] = abs(-1 - float(weight @ price))
     expected["category_0.5"] = float(weight[:3].sum())  # the last is green
     expected["brand_0.5"] = float(weight[[0, 2, 3]].sum())  # even places are of one brand
-    expected["title_0.5"] = float(weight[:3].sum() + weight[[0, 2, 3]].sum()) / 2  # "red" and "0"
+    red, place = math.log(41 / 11) ** 2, math.log(41 / 5) ** 2  # ten of forty are red, four are first of their colour
+    expected["title_0.5"] = float(weight[:3].sum() * red + weight[[0, 2, 3]].sum() * place) / (red + place)
     assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     cold = row[1]
     assert [float(cold[COLUMN[name]]) for name in ("cold", "seen", "recency", "times", "view")] == [1, 0, 0, 0, 0]

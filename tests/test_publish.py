@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.feather
 import pytest
-import scipy.sparse as sp
 import tinyshop
 from PIL import Image
 
@@ -17,7 +16,6 @@ from rayrec.bundle import Bundle, versions
 from rayrec.config import PRESETS
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
-from rayrec.followers import Followers
 from rayrec.history import encode_history
 from rayrec.model.scorer import Scorer
 from rayrec.serving.scorer import load_scorer
@@ -97,21 +95,6 @@ def test_unpublished_it_is_not_live(fit: Fit, dataset: Dataset, checkpoint: Path
     assert versions(tmp_path) == [one.version]
     with pytest.raises(UsageError, match="no version is published"):
         Bundle.open(tmp_path)
-
-
-def test_only_the_strongest_followers_are_kept(
-    fit: Fit, dataset: Dataset, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rayrec.training.publish.FOLLOWERS_KEPT", 3)
-    weight_N = np.arange(tinyshop.N_ITEMS + 1)
-    counts = sp.csr_array(np.tile(weight_N, (len(weight_N), 1)))
-    followers = Followers(counts, counts)
-    config = tinyshop.tiny("train.epochs=1")
-    bundle = write_bundle(checkpoint, str(tmp_path), dataset, dataset.catalogue(), config, followers)
-    kept = bundle.followers.near
-    assert kept.dtype == np.float32
-    assert kept.indices.reshape(-1, 3)[:, 0].tolist() == [38] * len(weight_N)
-    assert kept.data.reshape(-1, 3).tolist() == [[38, 39, 40]] * len(weight_N)
 
 
 def test_versions_sort_by_their_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,17 +78,6 @@ def count_together(
     return without_empty(forward + forward.T - sparse.diags_array(2 * forward.diagonal(), format="csr"))
 
 
-def strongest(matrix: Matrix, keep: int) -> Matrix:
-    """The `keep` greatest entries of each row; of equal ones the lowest column. csr, sorted indices."""
-    matrix = sparse.csr_array(matrix)
-    length_N = np.diff(matrix.indptr)
-    row = np.repeat(np.arange(matrix.shape[0]), length_N)
-    order = np.lexsort((matrix.indices, -matrix.data, row))  # rows stay together: indptr still holds
-    place = np.arange(len(order)) - np.repeat(matrix.indptr[:-1], length_N)
-    chosen = order[place < keep]
-    return sparse.csr_array((matrix.data[chosen], (row[chosen], matrix.indices[chosen])), shape=matrix.shape)
-
-
 def row_shares(matrix: Matrix) -> Matrix:
     """Each row divided by its sum: the share of what followed. Empty rows stay empty."""
     total_N = np.asarray(matrix.sum(axis=1)).ravel()

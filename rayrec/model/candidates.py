@@ -12,7 +12,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
-from rayrec.followers import Followers
+from rayrec.followers import Followers, strongest
 from rayrec.history import HistoryBatch
 
 Floats = npt.NDArray[np.float32]
@@ -21,8 +21,12 @@ Ints = npt.NDArray[np.int64]
 RECENT, LONGER = (5, 0.5), (20, 0.9)
 """How many of the newest items are asked about, and what a step back weighs."""
 
-FOLLOW_FEATURES = 6
-"""Counts and shares of what came right after the last items and near them, what came before, and a longer memory."""
+FOLLOW_FEATURES = 7
+"""Counts and shares of what came right after the last items and near them, what came before, a longer memory, and what
+is near to what is near."""
+
+WALKED = 50
+"""Of what is near an item, how many of the strongest a second step goes through."""
 
 
 class Memory:
@@ -35,6 +39,7 @@ class Memory:
         self.next, self.near = (sp.csr_array(counts).astype(np.float32) for counts in (followers.next, followers.near))
         self.before = sp.csr_array(self.near.T)
         self.next_share, self.near_share = _shares(self.next), _shares(self.near)
+        self.walk = strongest(self.near, WALKED)
 
     def ask(self, history: HistoryBatch) -> Remembered:
         """What followed the items of each history."""
@@ -48,6 +53,7 @@ class Memory:
                 recent_BN @ self.near_share,
                 recent_BN @ self.before,
                 longer_BN @ self.near,
+                (recent_BN @ self.walk) @ self.walk,
             ),
         )
 
@@ -62,10 +68,10 @@ class Remembered:
 
     def at(self, candidate_BC: Ints) -> Floats:
         """The features of candidates, each at about unit scale. [B, C, FOLLOW_FEATURES] float32."""
-        next_BC, near_BC = (np.take_along_axis(scores, candidate_BC, 1) for scores in (self.next_BN, self.near_BN))
-        next_share_BC, near_share_BC, before_BC, longer_BC = (_at(scores, candidate_BC) for scores in self.others)
+        dense = [np.take_along_axis(scores, candidate_BC, 1) for scores in (self.next_BN, self.near_BN)]
+        next_share_BC, near_share_BC, *others = (_at(scores, candidate_BC) for scores in self.others)
         shares = [np.log(share_BC + 1e-4) / 4 + 1 for share_BC in (next_share_BC, near_share_BC)]
-        counts = [np.log1p(count_BC) for count_BC in (next_BC, near_BC, before_BC, longer_BC)]
+        counts = [np.log1p(count_BC) for count_BC in (*dense, *others)]
         return np.stack([*counts, *shares], -1).astype(np.float32)
 
 

@@ -28,6 +28,7 @@ class ItemTable(nn.Module):
 
     category_NK, title_NK  [N + 1, K] int64  codes, 0 padding
     brand_N, price_N       [N + 1] int64     brand code, price bucket
+    *_rarity_NK            [N + 1, K] float32  how rare each code of category, brand and title is, see `rarity`
     price_scaled_N         [N + 1] float32   price as the dataset scales it
     price_z_N              [N + 1] float32   price as it is, z-scored; 0 where unknown
     log_popularity_N       [N + 1] float32   log(1 + training events), z-scored
@@ -38,6 +39,9 @@ class ItemTable(nn.Module):
 
     category_NK: Tensor
     title_NK: Tensor
+    category_rarity_NK: Tensor
+    brand_rarity_NK: Tensor
+    title_rarity_NK: Tensor
     brand_N: Tensor
     price_N: Tensor
     price_scaled_N: Tensor
@@ -54,10 +58,15 @@ class ItemTable(nn.Module):
         popularity = np.log1p(catalogue.n_train.astype(np.float64))
         image_row_N = np.full(len(catalogue) + 1, -1, np.int64)
         image_row_N[image_item_M] = np.arange(len(image_item_M))
+        category_NK, title_NK = _codes(catalogue.category), _codes(catalogue.title)
+        brand_N = torch.from_numpy(catalogue.brand)
         for name, tensor in {
-            "category_NK": _codes(catalogue.category),
-            "title_NK": _codes(catalogue.title),
-            "brand_N": torch.from_numpy(catalogue.brand),
+            "category_NK": category_NK,
+            "title_NK": title_NK,
+            "brand_N": brand_N,
+            "category_rarity_NK": rarity(category_NK),
+            "brand_rarity_NK": rarity(brand_N[:, None]),
+            "title_rarity_NK": rarity(title_NK),
             "price_N": torch.from_numpy(catalogue.price_bucket),
             "price_scaled_N": torch.from_numpy(catalogue.price_scaled),
             "price_z_N": torch.from_numpy(np.nan_to_num(_zscore(catalogue.price))),
@@ -85,6 +94,22 @@ def _codes(lists: Ragged) -> Tensor:
     codes_NK = np.zeros(real_NK.shape, np.int64)
     codes_NK[real_NK] = lists.values[(lists.offsets[:-1, None] + np.arange(width))[real_NK]]
     return torch.from_numpy(codes_NK)
+
+
+def rarity(code_NK: Tensor) -> Tensor:
+    """Weight of each code of each item: its inverse document frequency, each item at length 1. [N + 1, K] float32.
+
+    The products of two items' weights, summed over the codes they share, are their TF-IDF cosine (Salton and Buckley
+    1988): to share a rare code says more than to share one that half of the catalogue has. Padding weighs 0.
+
+    >>> rarity(torch.tensor([[0, 0], [1, 2], [1, 0], [1, 3]])).tolist()
+    [[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    count_V = torch.bincount(code_NK.flatten())
+    idf_V = torch.log(len(code_NK) / (1.0 + count_V)).clamp(min=0)
+    idf_V[0] = 0
+    weight_NK = idf_V[code_NK]
+    return weight_NK / weight_NK.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
 def shrink(pixels_MHWC: np.ndarray, size: int, rows: int = 256) -> Tensor:

@@ -110,20 +110,23 @@ class Fusion(nn.Module):
             weight_BL = weight_BL / weight_BL.sum(1, keepdim=True).clamp(min=1e-6)
             usual_price_B = (items.price_scaled_N[history.item_BL] * weight_BL).sum(1)
             columns.append((items.price_scaled_N[candidate_BC] - usual_price_B[:, None]).abs())
-            for code_NK in (items.category_NK, items.brand_N[:, None], items.title_NK):
-                columns.append(_affinity(code_NK, candidate_BC, history.item_BL, weight_BL))
+            for code_NK, rarity_NK in (
+                (items.category_NK, items.category_rarity_NK),
+                (items.brand_N[:, None], items.brand_rarity_NK),
+                (items.title_NK, items.title_rarity_NK),
+            ):
+                columns.append(_affinity(code_NK, rarity_NK, candidate_BC, history.item_BL, weight_BL))
         return torch.stack([column.float() for column in columns], -1)
 
 
-def _affinity(code_NK: Tensor, candidate_BC: Tensor, past_BL: Tensor, weight_BL: Tensor) -> Tensor:
-    """Weighted share of the history that has the candidate's codes, mean over its codes. [B, C] float32."""
-    past_BLK, candidate_BCK = code_NK[past_BL], code_NK[candidate_BC]
-    share_BV = weight_BL.new_zeros(len(past_BL), int(code_NK.max()) + 1)
-    share_BV.scatter_add_(1, past_BLK.flatten(1), weight_BL[:, :, None].expand_as(past_BLK).flatten(1))
-    share_BV[:, 0] = 0
-    known_BCK = candidate_BCK > 0
-    got_BCK = share_BV.gather(1, candidate_BCK.flatten(1)).view_as(known_BCK)
-    return got_BCK.sum(2) / known_BCK.sum(2).clamp(min=1)
+def _affinity(code_NK: Tensor, rarity_NK: Tensor, candidate_BC: Tensor, past_BL: Tensor, weight_BL: Tensor) -> Tensor:
+    """Weighted mean over the history of the cosine between its codes and the candidate's. [B, C] float32."""
+    taste_BV = weight_BL.new_zeros(len(past_BL), int(code_NK.max()) + 1)
+    spread_BLK = weight_BL[:, :, None] * rarity_NK[past_BL]
+    taste_BV.scatter_add_(1, code_NK[past_BL].flatten(1), spread_BLK.flatten(1))
+    rarity_BCK = rarity_NK[candidate_BC]
+    got_BCK = taste_BV.gather(1, code_NK[candidate_BC].flatten(1)).view_as(rarity_BCK)
+    return (got_BCK * rarity_BCK).sum(2)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

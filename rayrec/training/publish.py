@@ -21,14 +21,12 @@ from safetensors.torch import load_file
 from rayrec.bundle import Bundle, BundleWriter, publish, versions
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
-from rayrec.data.cooccurrence import strongest
 from rayrec.data.dataset import Dataset, Images
 from rayrec.errors import writing
 from rayrec.followers import Followers
 from rayrec.progress import Task
 from rayrec.training.tracking import draw_curves
 
-FOLLOWERS_KEPT = 500
 JPEG_QUALITY = 88
 
 
@@ -44,17 +42,16 @@ def write_bundle(
 ) -> Bundle:
     """Write the bundle of a finished training, and make it the live version if `live`.
 
-    checkpoint: folder with model.safetensors, vectors.npy and state.json. followers: counts of all training events;
-    the strongest FOLLOWERS_KEPT of each item are kept.
+    checkpoint: folder with model.safetensors, vectors.npy and state.json. followers: counts of all training events, as
+    `Survey.everything` has them.
     """
     history = json.loads((checkpoint / "state.json").read_text())["history"]
     with writing(bundles), BundleWriter(bundles, new_version(bundles)) as writer:
         writer.tensors(load_file(checkpoint / "model.safetensors"))
         writer.json("config.json", config.model_dump(mode="json"))
         writer.array("vectors.npy", np.load(checkpoint / "vectors.npy", allow_pickle=False).astype(np.float32))
-        kept = followers.map(lambda counts: strongest(counts.astype(np.float32), FOLLOWERS_KEPT))
-        writer.matrix("cooccurrence/next", kept.next)
-        writer.matrix("cooccurrence/near", kept.near)
+        writer.matrix("cooccurrence/next", followers.next)
+        writer.matrix("cooccurrence/near", followers.near)
         pq.write_table(catalogue.table, writer.file("items/items.parquet"))
         for name in ("categories", "brands", "encoder"):
             writer.json(f"vocab/{name}.json", dataset.vocab(name))

@@ -25,7 +25,8 @@ from rayrec.training.windows import examples, first_stage_events, next_item_wind
 class Survey:
     """rows: training rows of each stage. first_stage: counts without the events that teach the fusion.
 
-    everything: counts of all training events, for serving.
+    everything: counts of all training events, for serving. Of both the strongest only, so that the fusion learns from
+    the counts that it will be served with.
     """
 
     rows: dict[str, int]
@@ -62,4 +63,4 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
             f"{dataset.path}: nothing to learn from: no visitor has two training events; "
             "see report.json for what prepare rejected"
         )
-    return Survey(rows, first_stage, everything)
+    return Survey(rows, first_stage.kept(), everything.kept())
