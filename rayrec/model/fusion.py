@@ -22,21 +22,19 @@ N_FEATURES = 10 + FOLLOW_FEATURES + 4 * len(DECAYS) + len(TOUCHES)
 
 
 class Fusion(nn.Module):
-    """An MLP over the element-wise product of user and item vectors and `features`, on top of their inner product.
+    """An MLP over `features`, on top of the inner product of user and item vectors.
 
-    A product keeps taste and item crossed where a concatenation would be additive (DCN-V2, Wang et al. 2021);
-    target attention follows DIN (Zhou et al. 2018). The last layer starts at zero, so that training departs from
-    the order of retrieval.
+    Every feature of taste is crossed with the candidate, where a concatenation of vectors would be additive; target
+    attention follows DIN (Zhou et al. 2018). The element-wise product of both vectors (DCN-V2, Wang et al. 2021) was
+    an input too: with the few lists that are withheld it learned them by heart. The last layer starts at zero, so that
+    training departs from the order of retrieval.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.query = nn.Linear(config.width, config.width, bias=False)
         nn.init.eye_(self.query.weight)
-        self.normalise = nn.LayerNorm(config.width)
-        self.hidden = nn.Sequential(
-            nn.Linear(config.width + N_FEATURES, config.fusion_width), nn.ReLU(), nn.Dropout(0.1)
-        )
+        self.hidden = nn.Sequential(nn.Linear(N_FEATURES, config.fusion_width), nn.ReLU(), nn.Dropout(0.1))
         self.out = nn.Linear(config.fusion_width, len(HEADS))
         self.linear = nn.Linear(N_FEATURES, len(HEADS))
         nn.init.zeros_(self.out.weight)
@@ -63,8 +61,7 @@ class Fusion(nn.Module):
         """
         vector_BCD, past_BLD = vector_ND[candidate_BC], vector_ND[history.item_BL]
         feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BCF)
-        crossed_BCD = self.normalise(user_BD[:, None] * vector_BCD)
-        return self.linear(feature_BCF) + self.out(self.hidden(torch.cat([crossed_BCD, feature_BCF], -1)))
+        return self.linear(feature_BCF) + self.out(self.hidden(feature_BCF))
 
     def features(
         self,
