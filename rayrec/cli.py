@@ -214,7 +214,7 @@ def serve(
 def recommend(
     bundle: Annotated[str, typer.Argument(help="A bundle, or a BUNDLES folder.")],
     user: Annotated[str, typer.Option(help="Whose list.")],
-    scene: str = "home",
+    scene: Annotated[str, typer.Option(help="home, item or cart.")] = "home",
     k: Annotated[int, typer.Option("-k", min=1, max=200)] = 10,
     item: Annotated[str | None, typer.Option(help="The item at hand, for scene item.")] = None,
     history: Annotated[str | None, typer.Option(metavar="DATASET", help="Take the user's past from here.")] = None,

@@ -9,13 +9,22 @@ import datetime as dt
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from rayrec.errors import UsageError
-from rayrec.schema import ACTIONS, ENGAGEMENTS
+from rayrec.schema import ACTIONS, ENGAGEMENTS, HEADS
 
 C = TypeVar("C", bound="Settings")
 
@@ -91,19 +100,21 @@ class ImageConfig(Settings):
     denoise_width: float = Field(3, gt=0, description="window of the median in pixels (odd), or sigma")
 
 
+def _canonical(actions: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [action for action in actions if action not in ACTIONS]
+    if unknown or not actions:
+        raise ValueError(f"{', '.join(unknown) or 'none'}: choose among {', '.join(ACTIONS)}")
+    return actions
+
+
+Actions = Annotated[tuple[str, ...], AfterValidator(_canonical)]
+
+
 class SequenceConfig(Settings):
     """What goes into a visitor's sequence."""
 
-    actions: tuple[str, ...] = ENGAGEMENTS
+    actions: Actions = ENGAGEMENTS
     max_events: int = Field(10_000, ge=3, description="only a visitor's newest events are kept")
-
-    @field_validator("actions")
-    @classmethod
-    def _actions_are_canonical(cls, actions: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [action for action in actions if action not in ACTIONS]
-        if unknown or not actions:
-            raise ValueError(f"{', '.join(unknown) or 'none'}: choose among {', '.join(ACTIONS)}")
-        return actions
 
 
 class PrepareConfig(Settings):
@@ -139,6 +150,9 @@ class ModelConfig(Settings):
     kind: Literal["paper", "fusion"] = "fusion"
     width: int = Field(64, ge=4, description="D, the width of item and user vectors")
     max_len: int = Field(50, ge=1, description="L, the events of history that are read (both kinds)")
+    actions: Actions = Field(
+        ACTIONS, description="what is read and learned from; other events count for popularity alone (both kinds)"
+    )
     encoder: Literal["lstm", "gru", "transformer"] = "lstm"
     hidden_width: int = Field(128, ge=4, description="of the recurrent state, or of a transformer's inner layer")
     layers: int = Field(1, ge=1, le=8)
@@ -243,10 +257,18 @@ class SceneConfig(Settings):
     hide_seen: bool = False
     hide_purchased: bool = True
 
+    @field_validator("heads")
+    @classmethod
+    def _heads_exist(cls, heads: dict[str, float]) -> dict[str, float]:
+        if unknown := set(heads) - set(HEADS):
+            raise ValueError(f"there is no head '{min(unknown)}': choose among {', '.join(HEADS)}")
+        return heads
+
 
 DEFAULT_SCENES: dict[str, SceneConfig] = {
     "home": SceneConfig(),
     "item": SceneConfig(sources=("related", "cooccurrence", "model", "popular"), hide_purchased=False),
+    "cart": SceneConfig(sources=("related", "cooccurrence", "model", "popular"), heads={"cart": 0.5, "purchase": 0.5}),
 }
 
 

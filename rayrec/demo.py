@@ -66,7 +66,7 @@ def run(work: Path, port: int, leave: bool) -> dict[str, Any]:
         "events": report["events"]["kept"],
         "table": {
             "oracle": oracle,
-            "model": {name: result[name] for name in ("metrics", "next", "purchase")},
+            "model": {name: result[name] for name in ("metrics", "next", "cart", "purchase")},
             **result["floors"],
         },
     }

@@ -6,11 +6,14 @@ Because both sides call this function, training and serving cannot drift apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from rayrec.schema import ACTION_CODE, ACTIONS
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -49,6 +52,7 @@ def encode_history(
     *,
     max_len: int,
     clock: str,
+    actions: Sequence[str] = ACTIONS,
 ) -> HistoryBatch:
     """Encode the events of B visitors, laid end to end.
 
@@ -56,12 +60,17 @@ def encode_history(
     offsets: [B + 1], from 0 to E; visitor b's events are offsets[b] : offsets[b + 1].
     max_len: L; only the newest L events of a visitor are kept.
     clock: "time", "date" or "order"; gaps need time or date, hours need time.
+    actions: what the model reads; events of other actions are dropped before anything else, as if never logged.
 
     >>> batch = encode_history([5, 7, 5], [1, 1, 2], [0, 1000, 3000], [0, 3], max_len=4, clock="time")
     >>> batch.item_BL.tolist(), batch.gap_s_BL.tolist(), batch.seen_BL.tolist()
     ([[5, 7, 5, 0]], [[0.0, 1.0, 2.0, 0.0]], [[False, False, True, False]])
     """
     bounds = np.asarray(offsets, np.int64)
+    read_E = is_read(np.asarray(action, np.int64), actions)
+    if not read_E.all():
+        bounds = np.concatenate([[0], np.cumsum(read_E)])[bounds]
+        item, action, time_ms = (np.asarray(values, np.int64)[read_E] for values in (item, action, time_ms))
     length_B = np.minimum(np.diff(bounds), max_len)
     real_BL = np.arange(max_len) < length_B[:, None]
     # Truncate before anything is derived: a served history that was cut elsewhere gives the same numbers.
@@ -92,6 +101,12 @@ def encode_history(
         seen_BL=padded(_seen_before(item_E, visitor_E), False),
         length_B=length_B,
     )
+
+
+def is_read(action_E: Ints, actions: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Whether a model of these `actions` reads each event, by its code. [E] bool. The one rule, in training as well."""
+    read: npt.NDArray[np.bool_] = np.isin(action_E, [ACTION_CODE[action] for action in actions])
+    return read
 
 
 def _seen_before(item_E: Ints, visitor_E: Ints) -> npt.NDArray[np.bool_]:

@@ -9,8 +9,8 @@ from typing import Final
 
 import pyarrow as pa
 
-DATASET_VERSION: Final = 1
-BUNDLE_VERSION: Final = 2
+DATASET_VERSION: Final = 2
+BUNDLE_VERSION: Final = 3
 
 ACTIONS: Final = (
     "view", "click", "cart", "remove_from_cart", "favorite", "purchase", "cancel", "rate",
@@ -37,6 +37,20 @@ SYNONYMS: Final = {
 
 ENGAGEMENTS: Final = ("view", "click", "cart", "favorite", "purchase", "rate", "like", "share", "follow")
 """Actions that show interest in an item: these make up a user's sequence and are what we predict."""
+
+HEAD_ACTIONS: Final = {
+    "view": ("view", "click"),  # logs call a look at an item by either name
+    "cart": ("cart",),
+    "favorite": ("favorite",),
+    "purchase": ("purchase",),
+}
+"""The actions that a model learns to foresee apart, by the name of the head that does; other actions teach "next"."""
+
+HEADS: Final = ("next", *HEAD_ACTIONS)
+"""What a scene may weigh, and a ranker may answer: the chance of the next event, or of the next of these actions."""
+
+TARGET_ACTIONS: Final = ("cart", "purchase")
+"""Actions whose next event is asked for by a protocol of that name, and answered by the head of that name."""
 
 SESSION_PREFIX: Final = "session:"
 
@@ -83,14 +97,16 @@ SEQUENCE_SCHEMA: Final = pa.schema(
         pa.field("n_train", pa.int32(), nullable=False),  # events[:n_train] are training events
         pa.field("valid_at", pa.int32(), nullable=False),  # place of the validation target, -1 for none
         pa.field("test_at", pa.int32(), nullable=False),
-        pa.field("purchase_valid_at", pa.int32(), nullable=False),
+        pa.field("purchase_valid_at", pa.int32(), nullable=False),  # of each of TARGET_ACTIONS alike
         pa.field("purchase_test_at", pa.int32(), nullable=False),
+        pa.field("cart_valid_at", pa.int32(), nullable=False),
+        pa.field("cart_test_at", pa.int32(), nullable=False),
     ]
 )
 """`DATASET/sequences/*.parquet`: one row a visitor, engagements only, oldest first.
 
-The history of a target at place p is events[:p]. A purchase target that lies before `n_train` (leave-one-out)
-is nobody's training target and is in no training count.
+The history of a target at place p is events[:p]. A cart or purchase target that lies before `n_train`
+(leave-one-out) is nobody's training target and is in no training count.
 """
 
 ITEM_SCHEMA: Final = pa.schema(

@@ -16,9 +16,9 @@ from rayrec.catalogue import Catalogue
 from rayrec.data.dataset import FORMAT, Dataset
 from rayrec.data.training_events import TrainingEvents
 from rayrec.history import HistoryBatch
-from rayrec.schema import ACTION_CODE, DATASET_VERSION, ITEM_SCHEMA, SEQUENCE_SCHEMA
+from rayrec.schema import ACTION_CODE, ACTIONS, DATASET_VERSION, ITEM_SCHEMA, SEQUENCE_SCHEMA, TARGET_ACTIONS
 
-VIEW, PURCHASE = ACTION_CODE["view"], ACTION_CODE["purchase"]
+VIEW, CART, PURCHASE = (ACTION_CODE[name] for name in ("view", "cart", "purchase"))
 
 
 def item_table(
@@ -52,13 +52,17 @@ def sequence_table(*histories: Sequence[int | tuple[int, int]]) -> pa.Table:
     """Leave-one-out sequences of histories: an item index is a view, (item, action) any event. Users u0, u1, ...
 
     The last event is the test target, the one before it the validation target, if there are three. Purchases:
-    the last is the purchase test target, the one before it the validation target; never the very first event.
+    the last is the purchase test target, the one before it the validation target; never the very first event. Carts
+    likewise.
     """
     rows = []
     for n, history in enumerate(histories):
         events = [event if isinstance(event, tuple) else (event, VIEW) for event in history]
         tested = len(events) >= 3
-        bought = [place for place, (_, action) in enumerate(events) if action == PURCHASE and place and tested]
+        bought, put = (
+            [-1, -1, *(place for place, (_, action) in enumerate(events) if action == wanted and place and tested)]
+            for wanted in (PURCHASE, CART)
+        )
         rows.append(
             {
                 "user_id": f"u{n}",
@@ -68,8 +72,10 @@ def sequence_table(*histories: Sequence[int | tuple[int, int]]) -> pa.Table:
                 "n_train": len(events) - 2 if tested else len(events),
                 "valid_at": len(events) - 2 if tested else -1,
                 "test_at": len(events) - 1 if tested else -1,
-                "purchase_valid_at": bought[-2] if len(bought) > 1 else -1,
-                "purchase_test_at": bought[-1] if bought else -1,
+                "purchase_valid_at": bought[-2],
+                "purchase_test_at": bought[-1],
+                "cart_valid_at": put[-2],
+                "cart_test_at": put[-1],
             }
         )
     return pa.Table.from_pylist(rows, schema=SEQUENCE_SCHEMA)
@@ -88,7 +94,7 @@ def random_shop(seed: int, users: int, n_items: int) -> tuple[pa.Table, pa.Table
     for length in rng.integers(1, 15, users):
         steps = np.where(rng.random(length) < 0.6, 1, rng.integers(0, n_items, length))
         items = np.cumsum(np.append(rng.integers(n_items), steps[1:])) % n_items + 1
-        actions = np.where(rng.random(length) < 0.3, PURCHASE, VIEW)
+        actions = rng.choice([VIEW, PURCHASE, CART], length, p=[0.6, 0.3, 0.1])
         histories.append(list(zip(items.tolist(), actions.tolist(), strict=True)))
     sequences = sequence_table(*histories)
     categories = [[n % 3 + 1] for n in range(n_items)]
@@ -118,13 +124,15 @@ def leave_one_out(events: pa.Table) -> tuple[pa.Table, int]:
     view, nothing = np.full(len(item), VIEW), np.full(len(length), -1)
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (item, view, place)]
     users = pa.array([f"u{n}" for n in range(len(length))])
-    places = [length - 2, length - 2, length - 1, nothing, nothing]
+    places = [length - 2, length - 2, length - 1, *[nothing] * 2 * len(TARGET_ACTIONS)]
     table = pa.table([users, *lists, *places], names=SEQUENCE_SCHEMA.names).cast(SEQUENCE_SCHEMA)
     return table, int(item.max())
 
 
 class ScoreTable:
     """A ranker that knows each item's score under each head, whatever the history."""
+
+    actions = ACTIONS
 
     def __init__(self, **scores: Sequence[float]) -> None:
         self.heads = tuple(scores)

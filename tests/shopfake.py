@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import HistoryBatch
-from rayrec.schema import ITEM_SCHEMA
+from rayrec.schema import ACTIONS, ITEM_SCHEMA
 
 STYLES = ("red", "green", "blue")
 
@@ -50,6 +50,7 @@ class FakeScorer:
     heads = ("next",)
     max_len = 8
     clock = "time"
+    actions = ACTIONS
 
     def __init__(self, items: Catalogue | None = None) -> None:
         self.catalogue = items if items is not None else catalogue()

@@ -67,29 +67,31 @@ def test_row_shares_sum_to_one_or_stay_empty() -> None:
     assert shares.sum(axis=1).tolist() == [0, 1, 1, 0]
 
 
-def sequences(*rows: tuple[list[int], int, int, int]) -> pa.Table:
-    """Rows of (items, n_train, purchase_valid_at, purchase_test_at)."""
-    item, n_train, valid, test = zip(*rows, strict=True)
+def sequences(*rows: tuple[list[int], int, int, int, int, int]) -> pa.Table:
+    """Rows of (items, n_train, purchase_valid_at, purchase_test_at, cart_valid_at, cart_test_at)."""
+    item, n_train, *targets = zip(*rows, strict=True)
+    names = ("purchase_valid_at", "purchase_test_at", "cart_valid_at", "cart_test_at")
     return pa.table(
         {
             "item": pa.array(item, pa.list_(pa.int32())),
             "n_train": pa.array(n_train, pa.int32()),
-            "purchase_valid_at": pa.array(valid, pa.int32()),
-            "purchase_test_at": pa.array(test, pa.int32()),
+            **{name: pa.array(places, pa.int32()) for name, places in zip(names, targets, strict=True)},
         }
     )
 
 
-def test_training_leaves_out_held_out_events_and_purchase_targets() -> None:
-    table = sequences(([1, 2, 3, 4, 5], 3, -1, 1), ([6, 7], 2, -1, -1), ([8, 9, 10], 1, 1, 2))
-    assert training_mask(table).tolist() == [1, 0, 1, 0, 0, 1, 1, 1, 0, 0]
+def test_training_leaves_out_held_out_events_and_targets_of_actions() -> None:
+    table = sequences(
+        ([1, 2, 3, 4, 5], 3, -1, 1, -1, -1), ([6, 7, 8, 9], 4, -1, -1, 1, 3), ([8, 9, 10], 1, 1, 2, -1, -1)
+    )
+    assert training_mask(table).tolist() == [1, 0, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0]
     for part in (table, pa.concat_tables([table.slice(0, 1), table.slice(1)])):
         events = TrainingEvents.of(part)
-        assert events.item_E.tolist() == [1, 3, 6, 7, 8]
+        assert events.item_E.tolist() == [1, 3, 6, 8, 8]
         assert events.offsets.tolist() == [0, 2, 4, 5]
 
 
 def test_training_events_of_no_visitor() -> None:
-    events = TrainingEvents.of(sequences(([], 0, -1, -1)).slice(1))
+    events = TrainingEvents.of(sequences(([], 0, -1, -1, -1, -1)).slice(1))
     assert events.item_E.tolist() == []
     assert events.offsets.tolist() == [0]

@@ -22,7 +22,7 @@ from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.followers import Followers
 from rayrec.model.recommender import Recommender, build
 from rayrec.model.scorer import Scorer
-from rayrec.schema import SEQUENCE_SCHEMA
+from rayrec.schema import HEADS, SEQUENCE_SCHEMA
 from rayrec.training.batches import history_of
 from rayrec.training.calibrate import calibrate
 from rayrec.training.fit import Fit, Job
@@ -206,7 +206,7 @@ def test_visitors_too_short_to_teach_the_fusion(tmp_path: Path) -> None:
     shop = tinyshop.write(tmp_path / "dataset", sequences=table)
     fit = trained(shop, config, tmp_path / "out")
     assert isinstance(fit.model, Recommender)
-    assert fit.model.fusion.calibration_H2.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    assert fit.model.fusion.calibration_H2.tolist() == [[1.0, 0.0]] * len(HEADS)
 
 
 def test_a_shop_without_pictures_trains(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_nothing_to_learn_from_is_said(tmp_path: Path) -> None:
     lonely = tinyshop.sequence_table(users=3).to_pylist()
     for row in lonely:
         row |= {name: row[name][:1] for name in ("item", "action", "time_ms")}
-        row |= {"n_train": 1, "valid_at": -1, "test_at": -1, "purchase_valid_at": -1, "purchase_test_at": -1}
+        row |= {"n_train": 1, **{name: -1 for name in SEQUENCE_SCHEMA.names if name.endswith("_at")}}
     shop = tinyshop.write(tmp_path / "dataset", sequences=pa.Table.from_pylist(lonely, schema=SEQUENCE_SCHEMA))
     with pytest.raises(DataError, match="nothing to learn from"):
         survey(shop, tinyshop.N_ITEMS, tinyshop.tiny())
@@ -247,7 +247,7 @@ def test_calibration_keeps_the_order_and_lowers_the_log_loss(fit: Fit, dataset: 
         return float(-np.mean(label_BC * np.log(clipped) + (1 - label_BC) * np.log(1 - clipped)))
 
     for head in scorer.heads:
-        model.fusion.calibration_H2.copy_(torch.tensor([[1.0, 0.0]] * 2))
+        model.fusion.calibration_H2.copy_(torch.tensor([[1.0, 0.0]] * len(HEADS)))
         before = scorer.score(history, candidate_BC, head)
         calibrate(model, scorer, [rows[:50], rows[50:]], seed=0)
         after = scorer.score(history, candidate_BC, head)

@@ -15,8 +15,8 @@ from rayrec.history import encode_history
 from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.encoders import ItemTable
-from rayrec.model.fusion import DECAYS, HEADS, N_FEATURES, TOUCHES, Fusion
-from rayrec.schema import ACTION_CODE
+from rayrec.model.fusion import DECAYS, N_FEATURES, TOUCHES, Fusion
+from rayrec.schema import ACTION_CODE, HEADS
 
 WIDTH = 16
 NAMES = (
@@ -122,9 +122,23 @@ def test_it_starts_from_the_order_of_retrieval(items: ItemTable, vector_ND: torc
     history, candidate_BC = past([(1, "view"), (2, "view")]), torch.tensor([[3, 14, 25, 36]])
     user_BD = torch.randn(1, WIDTH)
     logit_BCH = fusion(items, history, user_BD, candidate_BC, vector_ND, torch.rand(1, 4, FOLLOW_FEATURES))
-    bias_H = fusion.linear.bias
+    assert logit_BCH.shape == (1, 4, len(HEADS))
     for head in range(len(HEADS)):
-        torch.testing.assert_close(logit_BCH[0, :, head], vector_ND[candidate_BC[0]] @ user_BD[0] + bias_H[head])
+        torch.testing.assert_close(logit_BCH[0, :, head], vector_ND[candidate_BC[0]] @ user_BD[0])
+
+
+def test_a_head_that_never_learned_answers_as_next(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    fusion = Fusion(tinyshop.tiny().model).eval()
+    with torch.no_grad():
+        for layer in (fusion.out, fusion.linear):
+            layer.weight[[0, HEADS.index("cart")]] += torch.randn(2, layer.in_features)
+    history, candidate_BC = past([(1, "view"), (2, "view")]), torch.tensor([[3, 14, 25, 36]])
+    logit_BCH = fusion(
+        items, history, torch.randn(1, WIDTH), candidate_BC, vector_ND, torch.rand(1, 4, FOLLOW_FEATURES)
+    )
+    for head, name in enumerate(HEADS):
+        assert torch.equal(logit_BCH[..., head], logit_BCH[..., 0]) == (name != "cart"), name
 
 
 def test_taste_changes_the_order_of_items(items: ItemTable, vector_ND: torch.Tensor) -> None:

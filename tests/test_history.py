@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrec.history import MAX_GAP_S, HistoryBatch, encode_history
+from rayrec.schema import ACTION_CODE, ACTIONS
 
 DAY_MS = 86_400_000
 FIELDS = ("item_BL", "action_BL", "gap_s_BL", "hour_BL", "seen_BL", "length_B")
@@ -18,11 +19,11 @@ Event = tuple[int, int, int]
 """(item, action, time_ms)"""
 
 
-def encode(histories: list[list[Event]], max_len: int, clock: str) -> HistoryBatch:
+def encode(histories: list[list[Event]], max_len: int, clock: str, **reads: Any) -> HistoryBatch:
     events = [event for history in histories for event in history]
     item, action, time_ms = zip(*events, strict=True) if events else ((), (), ())
     offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories], dtype=np.int64)])
-    return encode_history(item, action, time_ms, offsets, max_len=max_len, clock=clock)
+    return encode_history(item, action, time_ms, offsets, max_len=max_len, clock=clock, **reads)
 
 
 def encode_slowly(histories: list[list[Event]], max_len: int, clock: str) -> dict[str, Any]:
@@ -75,6 +76,17 @@ def test_a_visitor_is_encoded_the_same_alone_and_in_a_batch(histories: list[list
         alone = encode([history], max_len, "time")
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(together, name)[b], getattr(alone, name)[0], err_msg=name)
+
+
+@given(histories, st.integers(1, 8), st.sets(st.sampled_from(ACTIONS[:3]), min_size=1))
+def test_events_that_are_not_read_are_as_if_never_logged(
+    histories: list[list[Event]], max_len: int, actions: set[str]
+) -> None:
+    codes = {ACTION_CODE[action] for action in actions}
+    bare = [[event for event in history if event[1] in codes] for history in histories]
+    found, expected = encode(histories, max_len, "time", actions=sorted(actions)), encode(bare, max_len, "time")
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_types_and_shapes() -> None:

@@ -11,6 +11,7 @@ from rayrec.evaluation.lists import LIST_SCHEMA, answers_of_lists
 from rayrec.evaluation.metrics import top
 from rayrec.evaluation.replay import Question, ReplaySettings, Visitors, replay, target_places
 from rayrec.history import HistoryBatch
+from rayrec.schema import ACTIONS
 
 SEQUENCES = tinyshop.sequence_table()
 SETTINGS = ReplaySettings("test", tinyshop.N_ITEMS, "time", 10, protocols=("metrics",))
@@ -20,6 +21,7 @@ class Fixed:
     """Scores that depend on the visitor's history alone."""
 
     heads = ("next",)
+    actions = ACTIONS
 
     def rank_all(self, history: HistoryBatch, head: str) -> np.ndarray:
         """See `floors.Ranker`."""

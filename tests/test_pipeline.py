@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from rayrec.errors import UsageError
 from rayrec.history import HistoryBatch
 from rayrec.ranking.pipeline import Answer, Ranker, Request, UnknownItemError, UnknownSceneError
 from rayrec.ranking.rules import Filters
+from rayrec.schema import ACTION_CODE
 from rayrec.state import State, open_state
 from rayrec.state.protocol import Act, Event
 
@@ -37,6 +38,21 @@ def scorer() -> FakeScorer:
 @pytest.fixture
 def ranker(scorer: FakeScorer) -> Ranker:
     return Ranker(scorer, PLAIN, model="m1", rng=np.random.default_rng(0))
+
+
+class Spy(FakeScorer):
+    """Keeps the histories that it was given last, and every weighing of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weighed: list[dict[str, float]] = []
+
+    def fuse(
+        self, history: HistoryBatch, user_BD: np.ndarray, candidates_BC: np.ndarray, heads: Mapping[str, float]
+    ) -> np.ndarray:
+        self.read = history
+        self.weighed.append(dict(heads))
+        return super().fuse(history, user_BD, candidates_BC, heads)
 
 
 def ids(answer: Answer) -> list[str]:
@@ -105,6 +121,44 @@ def test_the_item_at_hand_counts_and_is_not_shown(ranker: Ranker, state: State) 
     assert answer.served_by == "model"
 
 
+def test_the_scene_of_the_cart_shows_what_goes_with_it(ranker: Ranker, state: State) -> None:
+    answer = ranker.recommend([Request(None, scene="cart", cart=("red-0", "red-4"), k=18)], state)[0]
+    assert styles(answer) == {"red"}
+    assert not {"red-0", "red-4"} & set(ids(answer))
+    assert any("related" in item.sources for item in answer.items)
+    assert (answer.removed, answer.served_by) == ({"context": 2}, "model")
+
+
+def test_a_scene_without_a_cart_is_answered_all_the_same(ranker: Ranker, state: State) -> None:
+    assert len(ranker.recommend([Request(None, scene="cart")], state)[0].items) == 10
+
+
+def test_what_the_history_put_in_the_cart_is_put_there_once(state: State) -> None:
+    """The shop sends the cart as events and as context: the model reads each once, at its time."""
+    spy = Spy()
+    saw(state, "u", ("red-1", "cart"), ("red-2", "cart"), ("red-3", "view"))
+    Ranker(spy, PLAIN).recommend([Request("u", scene="cart", cart=("red-1", "red-2", "blue-0"))], state)
+    numbers = [spy.catalogue.index[item_id] for item_id in ("red-1", "red-2", "red-3", "blue-0")]
+    assert spy.read.item_BL[0].tolist() == [*numbers, 0, 0, 0, 0]
+    assert spy.read.action_BL[0, 3] == ACTION_CODE["cart"]
+
+
+def test_the_model_is_given_the_actions_that_it_reads(state: State) -> None:
+    spy = Spy()
+    spy.actions = ("cart",)
+    saw(state, "u", ("red-1", "cart"), ("green-2", "view"))
+    Ranker(spy, PLAIN).recommend([Request("u", scene="item", item_id="blue-3")], state)
+    assert spy.read.item_BL[0].tolist() == [spy.catalogue.index["red-1"], *[0] * 7]
+
+
+def test_a_scene_weighs_the_heads(state: State) -> None:
+    spy = Spy()
+    Ranker(spy, ServeConfig()).recommend(
+        [Request(None, scene="cart", cart=("red-0",)), Request("u", item_id="red-0")], state
+    )
+    assert spy.weighed == [{"cart": 0.5, "purchase": 0.5}, {"next": 1.0}]
+
+
 def test_what_is_in_the_cart_is_not_shown(ranker: Ranker, state: State) -> None:
     answer = ranker.recommend([Request(None, cart=("red-0", "red-1"), k=5)], state)[0]
     assert ids(answer) == ["red-2", "red-3", "red-4", "red-5", "red-6"]
@@ -147,7 +201,7 @@ def test_k_is_1_to_200(ranker: Ranker, state: State, k: int) -> None:
 
 
 def test_unknown_scene_and_item_are_named(ranker: Ranker, state: State) -> None:
-    with pytest.raises(UnknownSceneError, match="'attic'; there are: home, item"):
+    with pytest.raises(UnknownSceneError, match="'attic'; there are: cart, home, item"):
         ranker.recommend([Request("u", scene="attic")], state)
     with pytest.raises(UnknownItemError, match="'nothing'"):
         ranker.recommend([Request("u", item_id="nothing")], state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tinyshop
@@ -46,7 +48,7 @@ def lists(model: Recommender) -> Lists:
         candidate_BC,
         torch.rand(2, 4, FOLLOW_FEATURES),
         torch.tensor([0, 3]),
-        torch.tensor([True, False]),
+        torch.tensor([ACTION_CODE["purchase"], VIEW]),
     )
 
 
@@ -124,22 +126,43 @@ def test_padding_candidates_take_no_part(catalogue: Catalogue) -> None:
         torch.nn.functional.pad(batch.candidate_BC, (0, 3)),
         torch.nn.functional.pad(batch.follow_BCF, (0, 0, 0, 3)),
         batch.target_B,
-        batch.purchase_B,
+        batch.action_B,
     )
     torch.testing.assert_close(model(wider), whole)
 
 
-def test_only_purchases_teach_the_purchase_head(catalogue: Catalogue) -> None:
+@pytest.mark.parametrize(
+    ("actions", "taught"),
+    [
+        (("view", "click"), {"next", "view"}),
+        (("view", "cart"), {"next", "view", "cart"}),
+        (("favorite", "purchase"), {"next", "favorite", "purchase"}),
+        (("rate", "share"), {"next"}),
+    ],
+)
+def test_an_event_teaches_next_and_the_head_of_its_action(
+    catalogue: Catalogue, actions: tuple[str, ...], taught: set[str]
+) -> None:
     model = make(catalogue)
-    batch = lists(model)
-    nothing_bought = Lists(
-        batch.history, batch.candidate_BC, batch.follow_BCF, batch.target_B, torch.tensor([False, False])
-    )
-    model(nothing_bought).backward()
-    grad = model.fusion.linear.weight.grad
-    assert grad is not None
-    assert grad[0].any()
-    assert not grad[1].any()
+    codes = torch.tensor([ACTION_CODE[action] for action in actions])
+    model(dataclasses.replace(lists(model), action_B=codes)).backward()
+    for grad in (model.fusion.linear.weight.grad, model.fusion.out.weight.grad):
+        assert grad is not None
+        assert {head for head, row in zip(model.heads, grad, strict=True) if row.any()} == taught
+
+
+def test_what_an_action_teaches_leaves_the_order_of_next_alone(catalogue: Catalogue) -> None:
+    """Both lists are purchases of the last candidate; the shared part learns it once, not twice."""
+    model = make(catalogue)
+    bought = dataclasses.replace(lists(model), action_B=torch.tensor([ACTION_CODE["purchase"]] * 2))
+    rated = dataclasses.replace(bought, action_B=torch.tensor([ACTION_CODE["rate"]] * 2))
+    rows = []
+    for batch in (bought, rated):
+        model.eval().zero_grad()
+        model(batch).backward()
+        assert model.fusion.linear.weight.grad is not None
+        rows.append(model.fusion.linear.weight.grad[0].clone())
+    torch.testing.assert_close(*rows)
 
 
 def test_a_model_from_saved_weights_is_the_same(catalogue: Catalogue) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from evaluation_shop import (
+    CART,
     PURCHASE,
     ScoreTable,
     catalogue,
@@ -25,6 +26,7 @@ from rayrec.evaluation.replay import NEGATIVES, ReplaySettings, replay
 from rayrec.history import HistoryBatch
 
 BUY = lambda item: (item, PURCHASE)  # noqa: E731
+PUT = lambda item: (item, CART)  # noqa: E731
 
 
 def settings(n_items: int, **changes: Any) -> ReplaySettings:
@@ -45,6 +47,7 @@ def test_each_protocol_asks_its_own_question() -> None:
             [1, 2, 4],  # new: behind 3 once 1 and 2 are masked
             [1, 2, 1],  # not new
             [1, BUY(3), 2, 5],  # the last purchase stands before the test target
+            [3, PUT(1), PUT(4), 2, 2],  # and so does the last cart
             [4, 5],  # too short to be tested
         ),
         n_items=5,
@@ -56,12 +59,15 @@ def test_each_protocol_asks_its_own_question() -> None:
         ("next", "u0"): 4,
         ("next", "u1"): 1,
         ("next", "u2"): 5,
+        ("next", "u3"): 2,
         ("purchase", "u2"): 3,
+        ("cart", "u3"): 4,
     }
     assert found["metrics", "u0"]["shown"][:4] == [3, 4, 5, 0]
     assert found["next", "u0"]["shown"][:6] == [1, 2, 3, 4, 5, 0]
     assert found["purchase", "u2"]["history"] == 1
-    assert {key[1] for key in found if key[0] == "pointwise"} == {"u0", "u1", "u2"}
+    assert (found["cart", "u3"]["history"], found["cart", "u3"]["target"]) == (2, 4)
+    assert {key[1] for key in found if key[0] == "pointwise"} == {"u0", "u1", "u2", "u3"}
 
 
 def test_masking_reads_the_whole_history_not_the_newest_events() -> None:
@@ -75,12 +81,13 @@ def test_validation_asks_one_event_earlier() -> None:
     assert found["next", "u0"]["history"] == 1
 
 
-def test_purchases_are_asked_of_the_purchase_head() -> None:
-    ranker = ScoreTable(next=[1, 2, 3], purchase=[3, 2, 1])
-    found = ask(ranker, sequence_table([2, 3, BUY(1)]), n_items=3)
+def test_carts_and_purchases_are_asked_of_their_heads() -> None:
+    ranker = ScoreTable(next=[1, 2, 3], purchase=[3, 2, 1], cart=[1, 3, 2])
+    found = ask(ranker, sequence_table([2, PUT(3), BUY(1)]), n_items=3)
     assert found["next", "u0"]["rank"] == 3
     assert found["purchase", "u0"]["rank"] == 1
-    assert ranker.calls == [("next", 1), ("purchase", 1)]
+    assert found["cart", "u0"]["rank"] == 2
+    assert ranker.calls == [("cart", 1), ("next", 1), ("purchase", 1)]
 
 
 def test_a_question_that_protocols_share_is_ranked_once() -> None:
@@ -105,6 +112,21 @@ def test_what_a_ranker_reads_is_the_history_before_the_target() -> None:
     spy = Spy(next=[1, 2, 3, 4])
     ask(spy, sequence_table([1, 2, 3, 4]), n_items=4, max_len=2, protocols=("next",))
     assert spy.read == [[2, 3]]
+
+
+def test_a_ranker_that_reads_some_actions_is_asked_about_the_same_targets() -> None:
+    class Spy(ScoreTable):
+        actions = ("purchase",)
+
+        def rank_all(self, history: HistoryBatch, head: str) -> np.ndarray:
+            self.read = history.item_BL[:, :2].tolist()
+            return super().rank_all(history, head)
+
+    spy, sequences = Spy(next=[4, 1, 2, 3]), sequence_table([BUY(1), 2, BUY(3), 4], [2, 3, 1])
+    found = ask(spy, sequences, n_items=4)
+    assert spy.read == [[1, 0], [1, 3], [0, 0]]  # before a purchase, and before the two last events
+    everything = ask(ScoreTable(next=[4, 1, 2, 3]), sequences, n_items=4)
+    assert found == everything  # targets, ranks, and what is masked because it was seen
 
 
 def test_scores_of_the_wrong_shape_and_foreign_items_are_errors() -> None:
@@ -156,8 +178,8 @@ def test_the_ranks_equal_a_plain_loop() -> None:
     found = ask(ScoreTable(next=score[1:].tolist()), sequences, n_items=12)
     checked = 0
     for row in sequences.to_pylist():
-        for protocol in ("next", "metrics", "purchase"):
-            at = row["purchase_test_at" if protocol == "purchase" else "test_at"]
+        for protocol in ("next", "metrics", "purchase", "cart"):
+            at = row[f"{protocol}_test_at" if protocol in ("purchase", "cart") else "test_at"]
             if at < 0:
                 continue
             seen, target = set(row["item"][:at]), row["item"][at]
@@ -178,7 +200,8 @@ def test_evaluate_gives_the_contract(tmp_path: Path) -> None:
     sequences, items = random_shop(2, users=80, n_items=40)
     dataset = write_dataset(tmp_path / "shop", sequences, items)
     result = evaluate(maker(ScoreTable(next=range(40))), dataset, "test", max_len=10, parallel=False)
-    assert {"split", "users", "items", "metrics", "next", "purchase", "pointwise", "floors", "slices"} <= set(result)
+    assert {"split", "users", "items", "metrics", "next", "cart", "purchase", "pointwise"} <= set(result)
+    assert {"floors", "slices"} <= set(result)
     assert (result["split"], result["items"]) == ("test", 40)
     tested = int((np.asarray(sequences["test_at"]) >= 0).sum())
     assert result["users"] == result["next"]["users"] == result["pointwise"]["users"] == tested
@@ -186,7 +209,7 @@ def test_evaluate_gives_the_contract(tmp_path: Path) -> None:
     for floor in ("popular", "markov"):
         body = result["floors"][floor]
         assert {"hr@10", "ndcg@10", "recall@20", "mrr@10", "coverage@10", "diversity@10"} <= set(body)
-        assert set(body["next"]) == set(result["next"])
+        assert set(body["next"]) == set(body["cart"]) == set(result["cart"]) == set(result["next"])
         assert set(body["pointwise"]) == {"users", "auc", "gauc", "logloss"}
     assert result["floors"]["markov"]["next"]["ndcg@10"] > result["floors"]["popular"]["next"]["ndcg@10"]
     for body in result["slices"].values():
@@ -213,7 +236,7 @@ def test_only_the_protocols_asked_for(tmp_path: Path) -> None:
     ranker = ScoreTable(next=[1, 2, 3])
     result = evaluate(maker(ranker), dataset, "valid", max_len=5, parallel=False, floors=False, protocols=("next",))
     assert result["next"]["users"] == 1
-    assert not {"metrics", "purchase", "pointwise"} & set(result)
+    assert not {"metrics", "cart", "purchase", "pointwise"} & set(result)
 
 
 def test_a_sample_of_users_is_seeded_and_of_the_size_asked_for(tmp_path: Path) -> None:

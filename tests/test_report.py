@@ -52,7 +52,8 @@ def test_the_report_opens_without_the_network(result: dict[str, Any], tmp_path: 
 
 def test_the_report_shows_the_figures_and_the_facts(result: dict[str, Any]) -> None:
     text = render(result, {"model": "<v1>", "dataset": {"events": 12345}}, NOON)
-    for body in (result["metrics"], result["next"], result["purchase"], result["floors"]["markov"]["next"]):
+    shown = [result[name] for name in ("metrics", "next", "cart", "purchase")]
+    for body in (*shown, result["floors"]["markov"]["cart"]):
         assert f"{body['ndcg@10']:.4f}" in text
     assert "2026-01-02 12:00 UTC" in text
     assert "&lt;v1&gt;" in text

@@ -13,7 +13,8 @@ from rayrec.data.training_events import training_mask
 from rayrec.errors import DataError, UsageError
 from rayrec.schema import ACTION_CODE, SEQUENCE_SCHEMA
 
-V, P = ACTION_CODE["view"], ACTION_CODE["purchase"]
+V, P, C = (ACTION_CODE[name] for name in ("view", "purchase", "cart"))
+TARGETS = tuple(f"{action}_{split}_at" for action in ("purchase", "cart") for split in ("valid", "test"))
 
 
 def sequences(users: str, actions: list[int], times: list[int] | None = None, **options: object) -> pa.Table:
@@ -24,7 +25,7 @@ def sequences(users: str, actions: list[int], times: list[int] | None = None, **
 
 
 def places(table: pa.Table) -> list[tuple[int, ...]]:
-    names = ("n_train", "valid_at", "test_at", "purchase_valid_at", "purchase_test_at")
+    names = ("n_train", "valid_at", "test_at", *TARGETS)
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))
 
 
@@ -33,24 +34,34 @@ def test_leave_one_out() -> None:
     assert table.schema == SEQUENCE_SCHEMA
     assert table["user_id"].to_pylist() == ["a", "b", "c"]
     assert table["item"].to_pylist() == [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10]]
-    assert places(table) == [(3, 3, 4, 2, 4), (2, -1, -1, -1, -1), (1, 1, 2, -1, -1)]
+    assert places(table) == [
+        (3, 3, 4, 2, 4, -1, -1),
+        (2, -1, -1, -1, -1, -1, -1),
+        (1, 1, 2, -1, -1, -1, -1),
+    ]
 
 
 def test_withheld_purchases_are_not_trained_on() -> None:
     table = sequences("aaaaa", [V, P, P, V, V])
-    assert places(table) == [(3, 3, 4, 1, 2)]
+    assert places(table) == [(3, 3, 4, 1, 2, -1, -1)]
     assert training_mask(table).tolist() == [True, False, False, False, False]
 
 
+def test_carts_are_withheld_as_purchases_are() -> None:
+    table = sequences("aaaaaaaabbb", [V, C, C, V, P, C, V, V, C, V, V])
+    assert places(table) == [(6, 6, 7, -1, 4, 2, 5), (1, 1, 2, -1, -1, -1, -1)]
+    assert training_mask(table).tolist() == [True, True, False, True, False, False, False, False, True, False, False]
+
+
 def test_a_target_needs_history() -> None:
-    assert places(sequences("aaa", [P, V, V])) == [(1, 1, 2, -1, -1)]
+    assert places(sequences("aaa", [P, V, V])) == [(1, 1, 2, -1, -1, -1, -1)]
 
 
 def test_split_by_time() -> None:
     table = sequences(
-        "aaaaabbcccc", [V, V, P, V, P, V, V, V, V, V, V], [1, 2, 11, 21, 22, 1, 25, 12, 13, 14, 15], cuts=Cuts(10, 20)
+        "aaaaabbcccc", [V, V, P, C, P, V, V, C, V, V, V], [1, 2, 11, 21, 22, 1, 25, 12, 13, 14, 15], cuts=Cuts(10, 20)
     )
-    assert places(table) == [(2, 2, 3, 2, 4), (1, -1, -1, -1, -1), (0, -1, -1, -1, -1)]
+    assert places(table) == [(2, 2, 3, 2, 4, -1, 3), (1, *[-1] * 6), (0, *[-1] * 6)]
 
 
 def test_the_cuts_leave_the_share_asked_for() -> None:
@@ -71,14 +82,14 @@ def test_what_cannot_be_cut() -> None:
 def test_only_the_newest_events_stay() -> None:
     table = sequences("aaaaabb", [V] * 7, max_events=3)
     assert table["item"].to_pylist() == [[3, 4, 5], [6, 7]]
-    assert places(table)[0] == (1, 1, 2, -1, -1)
+    assert places(table)[0] == (1, 1, 2, -1, -1, -1, -1)
 
 
 def test_no_events_no_sequences() -> None:
     assert len(sequences("", [])) == 0
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([V, P])), min_size=1, max_size=40), st.booleans())
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([V, P, C])), min_size=1, max_size=40), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_targets_lie_where_they_should(rows: list[tuple[int, int]], by_time: bool) -> None:
     rows.sort(key=lambda row: row[0])
@@ -88,11 +99,12 @@ def test_targets_lie_where_they_should(rows: list[tuple[int, int]], by_time: boo
     assert [n for items in table["item"].to_pylist() for n in items] == list(range(1, len(rows) + 1))
     for row in table.to_pylist():
         length = len(row["item"])
-        targets = [row[name] for name in ("valid_at", "test_at", "purchase_valid_at", "purchase_test_at")]
+        targets = [row[name] for name in ("valid_at", "test_at", *TARGETS)]
         assert all(place == -1 or (0 < place < length and length >= 3) for place in targets)
-        assert all(place == -1 or row["action"][place] == P for place in targets[2:])
+        wanted = zip(targets[2:], (P, P, C, C), strict=True)
+        assert all(place == -1 or row["action"][place] == action for place, action in wanted)
         assert all(place == -1 or place >= row["n_train"] for place in targets[:2])
-        assert targets[3] == -1 or targets[2] < targets[3]
+        assert all(test == -1 or valid < test for valid, test in (targets[2:4], targets[4:]))
 
 
 def test_k_core_strikes_out_in_turn() -> None:

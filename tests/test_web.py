@@ -265,7 +265,7 @@ def test_k_is_1_to_200(client: Client, k: Any) -> None:
 
 def test_an_unknown_scene_is_told_the_known_ones(client: Client) -> None:
     body = problem(client.post("/v1/recommend", {"scene": "attic"}), 422)
-    assert "home, item" in body["detail"]
+    assert "cart, home, item" in body["detail"]
 
 
 def test_an_unknown_item_in_context_is_404(client: Client) -> None:
@@ -282,6 +282,12 @@ def test_context_and_filters(client: Client) -> None:
     )
     assert ids(answer) == ["red-4", "red-6", "red-8"]
     assert answer["removed"] == {"context": 1, "excluded": 1, "category": 40, "brand": 10, "price": 5}
+
+
+def test_the_scene_of_the_cart(client: Client) -> None:
+    answer = ask(client, scene="cart", context={"cart": ["red-0", "red-3"]}, k=4)
+    assert ids(answer) == ["red-1", "red-2", "red-4", "red-5"]
+    assert problem(client.post("/v1/recommend", {"scene": "cart", "context": {"cart": ["nothing"]}}), 404)
 
 
 def test_events_sent_along_are_used_and_nothing_is_kept(client: Client, state: State) -> None:
@@ -414,7 +420,7 @@ def test_status(client: Client) -> None:
     body = client.get("/v1/status").json()
     assert body["model"] == "v7"
     assert (body["replica"], body["replicas"], body["catalogue"]) == ("one", 1, 60)
-    assert body["scenes"] == ["home", "item"]
+    assert body["scenes"] == ["cart", "home", "item"]
     assert body["counters"] == {"events": 1, "shown": 0, "erased": 0}
 
 

@@ -12,10 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrec.data.cooccurrence import count_transitions
-from rayrec.schema import ACTION_CODE, SEQUENCE_SCHEMA
-from rayrec.training.windows import Flat, examples, first_stage_events, fusion_mask, next_item_windows, tail
+from rayrec.schema import ACTION_CODE, ACTIONS, SEQUENCE_SCHEMA
+from rayrec.training.windows import (
+    Flat,
+    examples,
+    first_stage_events,
+    fusion_mask,
+    next_item_windows,
+    only_read,
+    tail,
+)
 
-VIEW, PURCHASE = ACTION_CODE["view"], ACTION_CODE["purchase"]
+VIEW, CLICK, CART, FAVORITE, PURCHASE, RATE = (
+    ACTION_CODE[name] for name in ("view", "click", "cart", "favorite", "purchase", "rate")
+)
+TARGETS = [f"{action}_{split}_at" for action in ("purchase", "cart") for split in ("valid", "test")]
 
 
 @st.composite
@@ -24,10 +35,13 @@ def tables(draw: st.DrawFn) -> pa.Table:
     rows, item = [], 0
     for user in range(draw(st.integers(1, 6))):
         length = draw(st.integers(0, 14))
-        actions = draw(st.lists(st.sampled_from([VIEW, PURCHASE]), min_size=length, max_size=length))
+        kinds = st.sampled_from([VIEW, CLICK, CART, FAVORITE, PURCHASE, RATE])
+        actions = draw(st.lists(kinds, min_size=length, max_size=length))
         n_train = draw(st.integers(0, length))
-        bought = [place for place, action in enumerate(actions) if action == PURCHASE and place]
-        withheld = [*([-1, -1]), *bought][-2:] if draw(st.booleans()) else [-1, -1]
+        withheld = []
+        for wanted in (PURCHASE, CART):
+            places = [place for place, action in enumerate(actions) if action == wanted and place]
+            withheld += [-1, -1, *places][-2:] if draw(st.booleans()) else [-1, -1]
         rows.append(
             {
                 "user_id": f"user {user}",
@@ -37,8 +51,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
                 "n_train": n_train,
                 "valid_at": -1,
                 "test_at": -1,
-                "purchase_valid_at": withheld[0],
-                "purchase_test_at": withheld[1],
+                **dict(zip(TARGETS, withheld, strict=True)),
             }
         )
         item += length
@@ -46,7 +59,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
 
 
 def trainable(row: dict[str, Any]) -> list[int]:
-    withheld = (row["purchase_valid_at"], row["purchase_test_at"])
+    withheld = [row[name] for name in TARGETS]
     return [place for place in range(1, row["n_train"]) if place not in withheld]
 
 
@@ -58,10 +71,9 @@ def naive_fusion(table: pa.Table, share: float) -> set[int]:
     for row in table.to_pylist():
         if row["user_id"] in chosen:
             places = trainable(row)
-            purchases = [place for place in places if row["action"][place] == PURCHASE]
-            found |= {
-                row["item"][place] for place in {*places[-tail(len(places)) :], *purchases[-tail(len(purchases)) :]}
-            }
+            for actions in ({*range(16)}, {VIEW, CLICK}, {CART}, {FAVORITE}, {PURCHASE}):
+                those = [place for place in places if row["action"][place] in actions]
+                found |= {row["item"][place] for place in those[-tail(len(those)) :]}
     return found
 
 
@@ -95,7 +107,7 @@ def test_examples_hold_the_newest_events_before_each_target(table: pa.Table, max
             "action": row["action"][max(0, place - max_len) : place],
             "time_ms": row["time_ms"][max(0, place - max_len) : place],
             "target": row["item"][place],
-            "purchase": row["action"][place] == PURCHASE,
+            "target_action": row["action"][place],
         }
         for row in table.to_pylist()
         for place in trainable(row)
@@ -103,9 +115,27 @@ def test_examples_hold_the_newest_events_before_each_target(table: pa.Table, max
     assert rows == wanted
 
 
+@given(tables(), st.sets(st.sampled_from(ACTIONS), min_size=1))
+def test_sequences_of_some_actions_are_as_if_the_others_were_never_logged(table: pa.Table, read: set[str]) -> None:
+    codes = {ACTION_CODE[action] for action in read}
+    found = only_read(table, sorted(read))
+    assert found.schema == SEQUENCE_SCHEMA
+    for row, kept in zip(table.to_pylist(), found.to_pylist(), strict=True):
+        places = [place for place, code in enumerate(row["action"]) if code in codes]
+        for name in ("item", "action", "time_ms"):
+            assert kept[name] == [row[name][place] for place in places]
+        assert kept["user_id"] == row["user_id"]
+        assert kept["n_train"] == sum(place < row["n_train"] for place in places)
+        for name in ("valid_at", "test_at", *TARGETS):
+            assert kept[name] == (places.index(row[name]) if row[name] in places else -1)
+        # What was withheld from training is withheld still.
+        taught = {kept["item"][place] for place in trainable(kept)}
+        assert taught <= {row["item"][place] for place in trainable(row)}
+
+
 def test_windows_are_cut_from_the_newest_event_backwards() -> None:
     row = {"user_id": "u", "item": [1, 2, 3, 4, 5, 6], "action": [VIEW] * 6, "time_ms": list(range(6)), "n_train": 6}
-    row |= dict.fromkeys(["valid_at", "test_at", "purchase_valid_at", "purchase_test_at"], -1)
+    row |= dict.fromkeys(["valid_at", "test_at", *TARGETS], -1)
     table = next_item_windows(pa.Table.from_pylist([row], schema=SEQUENCE_SCHEMA), 3, 0.0)
     assert sorted(zip(table["item"].to_pylist(), table["target"].to_pylist(), strict=True)) == [
         ([1, 2], [2, 3]),

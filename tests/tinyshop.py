@@ -79,6 +79,8 @@ def _walk(user: int, rng: np.random.Generator) -> dict[str, Any]:
         "test_at": length - 1,
         "purchase_valid_at": places[-2] if len(places) > 1 else -1,
         "purchase_test_at": places[-1] if places else -1,
+        "cart_valid_at": -1,
+        "cart_test_at": -1,
     }
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rayrec.data.dataset import FORMAT, Dataset
 from rayrec.data.training_events import TrainingEvents
-from rayrec.schema import ACTION_CODE, DATASET_VERSION, IMAGE_SCHEMA, ITEM_SCHEMA, SEQUENCE_SCHEMA
+from rayrec.schema import ACTION_CODE, DATASET_VERSION, IMAGE_SCHEMA, ITEM_SCHEMA, SEQUENCE_SCHEMA, TARGET_ACTIONS
 
 EVENTS_PER_USER = 20
 N_ITEMS = 2_000
@@ -55,7 +55,7 @@ def _sequences(users: int, rng: np.random.Generator) -> pa.Table:
     lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in values]
     names = pa.array([f"u{user:08d}" for user in range(users)])
     last, nothing = np.full(users, EVENTS_PER_USER), np.full(users, -1)
-    places = [last - 2, last - 2, last - 1, nothing, nothing]
+    places = [last - 2, last - 2, last - 1, *[nothing] * (2 * len(TARGET_ACTIONS))]
     return pa.table([names, *lists, *places], names=SEQUENCE_SCHEMA.names).cast(SEQUENCE_SCHEMA)
 
 

@@ -15,7 +15,7 @@ from rayrec.data.events import Mask
 from rayrec.data.visitors import starts
 from rayrec.errors import DataError, UsageError
 from rayrec.history import Ints
-from rayrec.schema import ACTION_CODE, SEQUENCE_SCHEMA
+from rayrec.schema import ACTION_CODE, SEQUENCE_SCHEMA, TARGET_ACTIONS
 
 MIN_EVENTS = 3
 """Visitors with fewer events train but are not tested."""
@@ -66,7 +66,7 @@ def build_sequences(
     item_E, action_E, time_E = item_E[new_E], action_E[new_E], time_E[new_E]
     offsets = pa.array(start_U.astype(np.int32))
     split = leave_one_out(start_U, action_E) if cuts is None else split_by_time(start_U, action_E, time_E, cuts)
-    return pa.table(
+    table = pa.table(
         {
             "user_id": user.filter(pa.array(new_E)).take(pa.array(start_U[:-1])),
             "item": pa.ListArray.from_arrays(offsets, pa.array(item_E.astype(np.int32))),
@@ -74,7 +74,8 @@ def build_sequences(
             "time_ms": pa.ListArray.from_arrays(offsets, pa.array(time_E)),
             **{name: pa.array(places.astype(np.int32)) for name, places in split.items()},
         }
-    ).cast(SEQUENCE_SCHEMA)
+    )
+    return table.select(SEQUENCE_SCHEMA.names).cast(SEQUENCE_SCHEMA)
 
 
 # ---------------------------------------------------------------- splits
@@ -83,25 +84,29 @@ def build_sequences(
 def leave_one_out(offsets: Ints, action_E: Ints) -> dict[str, Ints]:
     """Places of the split, [U] each: the last event is the test, the one before it the validation.
 
-    Likewise the last purchase and the one before it, wherever they lie, for the purchase protocol. A target needs
-    an event before it, a visitor MIN_EVENTS events; -1 is "none".
+    Likewise the last purchase and the one before it, wherever they lie, for the purchase protocol, and so for each
+    of TARGET_ACTIONS. A target needs an event before it, a visitor MIN_EVENTS events; -1 is "none".
     """
     length_U = np.diff(offsets)
     tested_U = length_U >= MIN_EVENTS
-    last_U, before_U = _last_two(offsets, action_E == ACTION_CODE["purchase"])
-    return {
+    places = {
         "n_train": np.where(tested_U, length_U - 2, length_U),
         "valid_at": np.where(tested_U, length_U - 2, -1),
         "test_at": np.where(tested_U, length_U - 1, -1),
-        "purchase_valid_at": np.where(tested_U & (before_U > 0), before_U, -1),
-        "purchase_test_at": np.where(tested_U & (last_U > 0), last_U, -1),
     }
+    for action in TARGET_ACTIONS:
+        last_U, before_U = _last_two(offsets, action_E == ACTION_CODE[action])
+        places[f"{action}_valid_at"] = np.where(tested_U & (before_U > 0), before_U, -1)
+        places[f"{action}_test_at"] = np.where(tested_U & (last_U > 0), last_U, -1)
+    return places
 
 
 def split_by_time(offsets: Ints, action_E: Ints, time_E: Ints, cuts: Cuts) -> dict[str, Ints]:
-    """Places of the split, [U] each: a target is a visitor's first event (or purchase) in a window of time."""
+    """Places of the split, [U] each: a target is a visitor's first event in a window of time.
+
+    The first of all, and the first of each of TARGET_ACTIONS.
+    """
     tested_U = np.diff(offsets) >= MIN_EVENTS
-    purchase_E = action_E == ACTION_CODE["purchase"]
     valid_E = (time_E >= cuts.valid_ms) & (time_E < cuts.test_ms)
     test_E = time_E >= cuts.test_ms
     before_U = np.add.reduceat((time_E < cuts.valid_ms).astype(np.int64), offsets[:-1])
@@ -110,13 +115,12 @@ def split_by_time(offsets: Ints, action_E: Ints, time_E: Ints, cuts: Cuts) -> di
         place_U = _first(offsets, where_E)
         return np.where(tested_U & (place_U > 0), place_U, -1)
 
-    return {
-        "n_train": before_U,
-        "valid_at": target(valid_E),
-        "test_at": target(test_E),
-        "purchase_valid_at": target(valid_E & purchase_E),
-        "purchase_test_at": target(test_E & purchase_E),
-    }
+    places = {"n_train": before_U, "valid_at": target(valid_E), "test_at": target(test_E)}
+    for action in TARGET_ACTIONS:
+        wanted_E = action_E == ACTION_CODE[action]
+        places[f"{action}_valid_at"] = target(valid_E & wanted_E)
+        places[f"{action}_test_at"] = target(test_E & wanted_E)
+    return places
 
 
 def _first(offsets: Ints, where_E: Mask) -> Ints:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rayrec.history import Ints
+from rayrec.schema import TARGET_ACTIONS
 
-_PURCHASE_TARGETS = ("purchase_valid_at", "purchase_test_at")
+_TARGETS = tuple(f"{action}_{split}_at" for action in TARGET_ACTIONS for split in ("valid", "test"))
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class TrainingEvents:
 
     @classmethod
     def of(cls, sequences: pa.Table) -> TrainingEvents:
-        """The training events of all rows; needs `item`, `n_train` and the purchase targets' places."""
+        """The training events of all rows; needs COLUMNS."""
         item_A, offsets = flat(sequences, "item")
         mask_A = training_mask(sequences)
         kept_before = np.concatenate([[0], np.cumsum(mask_A)])
         return cls(item_A[mask_A], kept_before[offsets])
 
 
-COLUMNS = ("item", "n_train", *_PURCHASE_TARGETS)
+COLUMNS = ("item", "n_train", *_TARGETS)
 """What `TrainingEvents.of` reads of a sequence table."""
 
 
@@ -50,8 +51,8 @@ def flat(sequences: pa.Table, column: str) -> tuple[Ints, Ints]:
 def training_mask(sequences: pa.Table) -> npt.NDArray[np.bool_]:
     """Whether each event, all rows' lists laid end to end, may be learned from. [A] bool.
 
-    An event may be if it lies in the row's first `n_train` and is no purchase target: with leave-one-out the
-    last purchase often lies before the last event, and counting it would give the purchase protocol away.
+    An event may be if it lies in the row's first `n_train` and is no target of the cart or purchase protocol: with
+    leave-one-out the last purchase often lies before the last event, and counting it would give the answer away.
     """
     lists = sequences["item"].combine_chunks()
     length_U = np.asarray(lists.value_lengths(), np.int64)
@@ -59,7 +60,7 @@ def training_mask(sequences: pa.Table) -> npt.NDArray[np.bool_]:
     n_train_U = np.asarray(sequences["n_train"], np.int64)
     place_A = np.arange(length_U.sum()) - np.repeat(start_U, length_U)
     mask_A: npt.NDArray[np.bool_] = place_A < np.repeat(n_train_U, length_U)
-    for name in _PURCHASE_TARGETS:
+    for name in _TARGETS:
         place_U = np.asarray(sequences[name], np.int64)
         mask_A[(start_U + place_U)[place_U >= 0]] = False
     return mask_A

@@ -16,6 +16,7 @@ from rayrec.data.training_events import TrainingEvents
 from rayrec.evaluation.metrics import Scores
 from rayrec.followers import Matrix
 from rayrec.history import HistoryBatch, Ints
+from rayrec.schema import ACTIONS
 
 STEPS_BACK = 5
 HALVING = 0.5
@@ -27,7 +28,10 @@ class Ranker(Protocol):
     """What the judge asks: a model, or a floor. Items are 1..N."""
 
     heads: tuple[str, ...]
-    """What it can score by: "next", or "next" and "purchase". The first stands in for a head it has not."""
+    """What it can score by: "next" alone, or some of schema.HEADS. The first stands in for a head it has not."""
+
+    actions: tuple[str, ...]
+    """What it reads of a history: `encode_history` drops the rest."""
 
     def rank_all(self, history: HistoryBatch, head: str) -> Scores:
         """A score of every item, higher is better. [B, N + 1]; column 0 is ignored."""
@@ -40,6 +44,7 @@ class Popular:
     """Always the items with most training events."""
 
     heads: tuple[str, ...] = ("next",)
+    actions: tuple[str, ...] = ACTIONS
 
     def __init__(self, n_train_N: Ints) -> None:
         self._count_N = n_train_N.astype(np.float32)
@@ -61,6 +66,7 @@ class Markov:
     """
 
     heads: tuple[str, ...] = ("next",)
+    actions: tuple[str, ...] = ACTIONS
 
     def __init__(self, n_train_N: Ints, shares_NN: Matrix) -> None:
         self._popular_N = popularity_share(n_train_N)

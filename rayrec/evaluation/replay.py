@@ -20,12 +20,14 @@ from rayrec.data.training_events import flat
 from rayrec.evaluation.floors import Ranker
 from rayrec.evaluation.metrics import SHOWN, Scores, nan_is_worst, ranks, ranks_unseen, top
 from rayrec.history import HistoryBatch, Ints, encode_history
+from rayrec.schema import ACTIONS, TARGET_ACTIONS
 
 Split: TypeAlias = Literal["test", "valid"]
 
-PROTOCOLS = ("metrics", "next", "purchase", "pointwise")
-"""metrics: the next item, if it is new to the user, among new ones. next: the next item, among all. purchase: the
-next purchase, given all before it, among all. pointwise: the next item against NEGATIVES sampled ones."""
+PROTOCOLS = ("metrics", "next", *TARGET_ACTIONS, "pointwise")
+"""metrics: the next item, if it is new to the user, among new ones. next: the next item, among all. cart, purchase:
+the next event of that action, given all before it, among all. pointwise: the next item against NEGATIVES sampled
+ones."""
 
 NEGATIVES = 100
 
@@ -115,18 +117,18 @@ class Visitors:
 
 def target_places(sequences: pa.Table, visitors: Visitors, settings: ReplaySettings) -> dict[str, Ints]:
     """The place of each row's target under each protocol of the settings, -1 for none. [U] each."""
-    next_U = np.asarray(sequences[f"{settings.split}_at"], np.int64)
-    purchase_U = np.asarray(sequences[f"purchase_{settings.split}_at"], np.int64)
+    column_of = {"next": f"{settings.split}_at", **{a: f"{a}_{settings.split}_at" for a in TARGET_ACTIONS}}
+    place_of = {protocol: np.asarray(sequences[column], np.int64) for protocol, column in column_of.items()}
     if settings.hash_limit < 2**64:
         asked_U = np.array([user_hash(user, settings.seed) <= settings.hash_limit for user in visitors.user_U], bool)
-        next_U, purchase_U = np.where(asked_U, next_U, -1), np.where(asked_U, purchase_U, -1)
-    new_U = np.where(_is_new(visitors, next_U), next_U, -1)
-    place_of = {"metrics": new_U, "next": next_U, "purchase": purchase_U, "pointwise": next_U}
-    for place_U in (next_U, purchase_U):
+        place_of = {protocol: np.where(asked_U, place_U, -1) for protocol, place_U in place_of.items()}
+    for place_U in place_of.values():
         row = np.flatnonzero(place_U >= 0)
         target = visitors.at(row, place_U[row])
         if len(target) and not 1 <= target.min() <= target.max() <= settings.n_items:
             raise ValueError(f"targets go from {target.min()} to {target.max()}, items from 1 to {settings.n_items}")
+    next_U = place_of["next"]
+    place_of |= {"metrics": np.where(_is_new(visitors, next_U), next_U, -1), "pointwise": next_U}
     return {protocol: place_of[protocol] for protocol in settings.protocols}
 
 
@@ -183,7 +185,7 @@ def _replay_one(
         row_Q, place_Q = _distinct_questions([places[protocol] for protocol in asked])
         for start in range(0, len(row_Q), settings.batch):
             row_B, place_B = row_Q[start : start + settings.batch], place_Q[start : start + settings.batch]
-            question = Question.ask(visitors, row_B, place_B, settings)
+            question = Question.ask(visitors, row_B, place_B, settings, ranker.actions)
             chosen_of = {protocol: places[protocol][row_B] == place_B for protocol in asked}
             yield from _answer_batch(name, ranker, head, question, chosen_of, candidates[row_B], settings)
 
@@ -216,7 +218,7 @@ def _answer_batch(
 
 
 def _head(ranker: Ranker, protocol: str) -> str:
-    wanted = "purchase" if protocol == "purchase" else "next"
+    wanted = protocol if protocol in TARGET_ACTIONS else "next"
     return wanted if wanted in ranker.heads else ranker.heads[0]
 
 
@@ -256,8 +258,15 @@ class Question:
     item_S: Ints
 
     @classmethod
-    def ask(cls, visitors: Visitors, row_B: Ints, place_B: Ints, settings: ReplaySettings) -> Question:
-        """The question of rows `row_B`, each before its event at `place_B`."""
+    def ask(
+        cls,
+        visitors: Visitors,
+        row_B: Ints,
+        place_B: Ints,
+        settings: ReplaySettings,
+        actions: tuple[str, ...] = ACTIONS,
+    ) -> Question:
+        """The question of rows `row_B`, each before its event at `place_B`, to one who reads `actions`."""
         event, offsets = visitors.before(row_B, place_B)
         item_E = visitors.item_A[event]
         history = encode_history(
@@ -267,6 +276,7 @@ class Question:
             offsets,
             max_len=settings.max_len,
             clock=settings.clock,
+            actions=actions,
         )
         asker_E = np.repeat(np.arange(len(row_B)), place_B)
         seen = np.unique(np.stack([asker_E, item_E], axis=1), axis=0)  # all of the history, not the newest alone

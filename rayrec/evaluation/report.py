@@ -39,6 +39,7 @@ COMPARED = ("hr@10", "ndcg@10", "recall@20", "mrr@10")
 PROTOCOL_TEXT = {
     "metrics": ("The next new item", "among the items the user has not met yet; seen ones are masked"),
     "next": ("The next item", "whatever it is, among all items; nothing is masked"),
+    "cart": ("The next item put into the cart", "given all events before it, among all items; nothing is masked"),
     "purchase": ("The next purchase", "given all events before it, among all items; nothing is masked"),
 }
 SLICE_TEXT = {

@@ -12,9 +12,8 @@ from rayrec.config import ModelConfig
 from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.encoders import ItemTable
-from rayrec.schema import ACTION_CODE
+from rayrec.schema import ACTION_CODE, HEAD_ACTIONS, HEADS
 
-HEADS = ("next", "purchase")
 TOUCHES = ("view", "click", "cart", "favorite", "purchase")
 DECAYS = (0.9, 0.5)
 """How fast the past fades, an event back, in what a visitor is thought to like: taste, and the mood of the moment."""
@@ -28,6 +27,9 @@ class Fusion(nn.Module):
     attention follows DIN (Zhou et al. 2018). The element-wise product of both vectors (DCN-V2, Wang et al. 2021) was
     an input too: with the few lists that are withheld it learned them by heart. The last layer starts at zero, so that
     training departs from the order of retrieval.
+
+    The head of an action is "next" plus a difference that starts at zero: a rare action borrows from "next", and one
+    that never taught answers exactly as "next" does.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -40,8 +42,9 @@ class Fusion(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
         with torch.no_grad():
-            self.linear.weight[:, 0] = 1.0
+            self.linear.weight[0, 0] = 1.0
         # Maps a list's logits to probabilities; fitted once training is done, it keeps the order.
         self.calibration_H2: Tensor
         self.register_buffer("calibration_H2", torch.tensor([[1.0, 0.0]]).repeat(len(HEADS), 1))
@@ -61,7 +64,10 @@ class Fusion(nn.Module):
         """
         vector_BCD, past_BLD = vector_ND[candidate_BC], vector_ND[history.item_BL]
         feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BCF)
-        return self.linear(feature_BCF) + self.out(self.hidden(feature_BCF))
+        own_BCH = self.linear(feature_BCF) + self.out(self.hidden(feature_BCF))
+        # Without gradient: what a rare action teaches would else pull at the order of "next".
+        shared_BC1 = own_BCH[..., :1].detach()
+        return torch.cat([own_BCH[..., :1], shared_BC1 + own_BCH[..., 1:]], -1)
 
     def features(
         self,
@@ -114,6 +120,15 @@ class Fusion(nn.Module):
             ):
                 columns.append(_affinity(code_NK, rarity_NK, candidate_BC, history.item_BL, weight_BL))
         return torch.stack([column.float() for column in columns], -1)
+
+
+def teaches(action_B: Tensor) -> Tensor:
+    """Which heads an event of each action teaches: "next" always, and the head of its action. [B, H] bool."""
+    columns = [torch.ones_like(action_B, dtype=torch.bool)]
+    for actions in HEAD_ACTIONS.values():
+        codes = torch.tensor([ACTION_CODE[action] for action in actions], device=action_B.device)
+        columns.append(torch.isin(action_B, codes))
+    return torch.stack(columns, -1)
 
 
 def _affinity(code_NK: Tensor, rarity_NK: Tensor, candidate_BC: Tensor, past_BL: Tensor, weight_BL: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import Config
 from rayrec.model.behaviour import Behaviour, HistoryTensors, last_BD
 from rayrec.model.encoders import ItemEncoder, ItemTable
-from rayrec.model.fusion import HEADS, Fusion
+from rayrec.model.fusion import Fusion, teaches
 from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
 from rayrec.model.paper import PaperModel
+from rayrec.schema import HEADS
 
 SAMPLED_NEGATIVES = 1024
 
@@ -43,14 +44,15 @@ class Lists:
     """A training batch of the second stage: candidates that retrieval returned, and which one came next.
 
     candidate_BC: [B, C] int64, 0 padding. follow_BCF: [B, C, FOLLOW_FEATURES], see `candidates.Remembered`.
-    target_B: [B] int64, place of the right one in its list. purchase_B: [B] bool, it was a purchase.
+    target_B: [B] int64, place of the right one in its list. action_B: [B] int64, what was done with it
+    (schema.ACTION_CODE).
     """
 
     history: HistoryTensors
     candidate_BC: Tensor
     follow_BCF: Tensor
     target_B: Tensor
-    purchase_B: Tensor
+    action_B: Tensor
 
     def __len__(self) -> int:
         return len(self.target_B)
@@ -143,8 +145,9 @@ class Recommender(nn.Module):
             user_BD = self.encode_users(batch.history, self.vector_ND)
         logit_BCH = self.fuse(batch.history, user_BD, batch.candidate_BC, self.vector_ND, batch.follow_BCF)
         logit_BCH = logit_BCH.masked_fill((batch.candidate_BC == 0)[..., None], -1e4)
-        next_loss = listwise(logit_BCH[..., 0], batch.target_B, torch.ones_like(logit_BCH[:, 0, 0]))
-        return next_loss + listwise(logit_BCH[..., 1], batch.target_B, batch.purchase_B.float())
+        weight_BH = teaches(batch.action_B).float()
+        losses = [listwise(logit_BCH[..., h], batch.target_B, weight_BH[:, h]) for h in range(len(HEADS))]
+        return torch.stack(losses).sum()
 
     def train(self, mode: bool = True) -> Recommender:
         """As every module's; once the vectors are frozen the first stage stays in evaluation mode, without dropout."""

@@ -47,6 +47,7 @@ class Scorer:
         self.clock = clock
         self.heads = model.heads
         self.max_len = model.config.model.max_len
+        self.actions = model.config.model.actions
         self.fused = fused and isinstance(model, Recommender)
         self._memory = Memory(followers)
         self._warm_N = catalogue.n_train > 0
@@ -63,7 +64,7 @@ class Scorer:
         """Weighted mean of the heads' probabilities; -inf for padding. [B, C] float32.
 
         heads: weight of each head, for example {"next": 0.7, "purchase": 0.3}; a head that this model lacks is
-        answered by "next". Raises ValueError if no weight is positive.
+        answered by "next", as is one whose action it never met in training. Raises ValueError if no weight is positive.
         """
         total = sum(heads.values())
         if total <= 0:

@@ -52,12 +52,16 @@ class Scorer(Protocol):
     heads: tuple[str, ...]
     max_len: int
     clock: str
+    actions: tuple[str, ...]  # what it reads of a history
 
     def user_vectors(self, history: HistoryBatch) -> Floats:
         """Vectors of B visitors. [B, D] float32."""
 
     def fuse(self, history: HistoryBatch, user_BD: Floats, candidates_BC: Ints, heads: Mapping[str, float]) -> Floats:
-        """Scores of the candidates, 0..1. [B, C] float32; -inf where the candidate is 0 (padding)."""
+        """Scores of the candidates, 0..1. [B, C] float32; -inf where the candidate is 0 (padding).
+
+        heads: the scene's weights; it answers by its first head for one that it has not.
+        """
 
 
 class UnknownSceneError(UsageError):
@@ -222,7 +226,7 @@ class Ranker:
         for request, history in zip(requests, histories, strict=True):
             acts = [act for act in history.acts if act.item_id in index]
             at_hand = _at_hand(request)
-            acts += [act for act in at_hand if not acts or acts[-1].item_id != act.item_id]
+            acts += _not_yet(at_hand, acts)
             flat += [(index[act.item_id], ACTION_CODE[act.action], act.time_ms) for act in acts]
             offsets.append(len(flat))
             recent.append(_newest([index[act.item_id] for act in acts]))
@@ -230,7 +234,10 @@ class Ranker:
         item, action, time_ms = np.array(flat, np.int64).reshape(-1, 3).T
         if self.scorer.clock == "date":
             time_ms = time_ms - time_ms % DAY_MS  # the model never saw an hour
-        encoded = encode_history(item, action, time_ms, offsets, max_len=self.scorer.max_len, clock=self.scorer.clock)
+        reader = self.scorer
+        encoded = encode_history(
+            *(item, action, time_ms, offsets), max_len=reader.max_len, clock=reader.clock, actions=reader.actions
+        )
         return encoded, Asked(user_BD=None, known_B=encoded.length_B > 0, recent=recent, anchors=anchors)
 
     def _with_user_vectors(self, history: HistoryBatch, asked: Asked) -> Asked:
@@ -297,9 +304,8 @@ class Ranker:
     ) -> Floats | None:
         if asked.user_BD is None or not candidates_BC.size:
             return None
-        heads = {head: weight for head, weight in scene.heads.items() if head in self.scorer.heads}
         try:
-            return self.scorer.fuse(history, asked.user_BD, candidates_BC, heads or {self.scorer.heads[0]: 1.0})
+            return self.scorer.fuse(history, asked.user_BD, candidates_BC, scene.heads)
         except Exception:
             log.exception("the model failed on candidates; answering without it")
             return None
@@ -380,6 +386,13 @@ def _at_hand(request: Request) -> list[Act]:
     now_ms = time.time_ns() // 1_000_000
     page = [] if request.item_id is None else [Act(request.item_id, "view", now_ms)]
     return [*(Act(item_id, "cart", now_ms) for item_id in request.cart), *page]
+
+
+def _not_yet(at_hand: Sequence[Act], acts: Sequence[Act]) -> list[Act]:
+    """Of the items at hand, those that the history does not tell of: not its newest item, nor what it put in a cart."""
+    newest = acts[-1].item_id if acts else None
+    put = {act.item_id for act in acts if act.action == "cart"}
+    return [act for act in at_hand if act.item_id != newest and not (act.action == "cart" and act.item_id in put)]
 
 
 def _forbidden(request: Request, history: History, scene: SceneConfig) -> Forbidden:

@@ -87,13 +87,12 @@ class ListCollate:
         def move(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values[found_B])).to(self.device)
 
-        purchase_B = np.asarray(rows["purchase"].combine_chunks().to_numpy(zero_copy_only=False))
         return Lists(
             HistoryTensors.of(kept, self.device),
             move(candidate_BC),
             move(follow_BCF),
             move(hit_BC.argmax(1)),
-            move(purchase_B),
+            move(np.asarray(rows["target_action"], np.int64)),
         )
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from scipy.optimize import minimize
 
+from rayrec.model.fusion import teaches
 from rayrec.model.recommender import Recommender
 from rayrec.model.scorer import Scorer
 from rayrec.training.batches import history_of
@@ -24,7 +25,7 @@ MIN_ROWS = 20
 def calibrate(model: Recommender, scorer: Scorer, chunks: Iterable[pa.Table], seed: int) -> None:
     """Fit each head so that its sigmoid is the chance of the next item among 100 drawn uniformly.
 
-    A head with fewer than MIN_ROWS rows of its own (no purchases, say) takes the numbers of "next".
+    A head with fewer than MIN_ROWS rows of its own (too few carts, say) takes the numbers of "next".
     (Platt 1999, without his smoothing of the labels.)
     """
     tables = list(chunks)
@@ -36,10 +37,12 @@ def calibrate(model: Recommender, scorer: Scorer, chunks: Iterable[pa.Table], se
     target_B1 = np.asarray(rows["target"], np.int64)[:, None]
     negative_BM = rng.integers(1, len(scorer.catalogue) + 1, (len(rows), NEGATIVES))
     logit_BCH = scorer.logits(history, np.concatenate([target_B1, negative_BM], 1))
-    purchase_B = np.asarray(rows["purchase"].combine_chunks().to_numpy(zero_copy_only=False), bool)
+    own_BH = teaches(torch.from_numpy(np.asarray(rows["target_action"], np.int64))).numpy()
     fitted = _platt(logit_BCH[..., 0])
-    own = purchase_B if purchase_B.sum() >= MIN_ROWS else np.ones(len(rows), bool)
-    fitted_H2 = [fitted, _platt(logit_BCH[own][..., 1])]
+    fitted_H2 = [
+        _platt(logit_BCH[own_BH[:, h], :, h]) if h and own_BH[:, h].sum() >= MIN_ROWS else fitted
+        for h in range(len(scorer.heads))
+    ]
     model.fusion.calibration_H2.copy_(torch.tensor(np.array(fitted_H2, np.float32)))
 
 

@@ -20,7 +20,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.training.batches import ROWS_A_CHUNK
 from rayrec.training.fit import Fit, Job
 from rayrec.training.survey import survey
-from rayrec.training.windows import examples, next_item_windows
+from rayrec.training.windows import examples, next_item_windows, only_read
 
 
 @dataclass
@@ -41,7 +41,8 @@ class LocalFeed:
             yield rows.take(pa.array(order[start : start + ROWS_A_CHUNK]))
 
     def _make(self, table: str) -> pa.Table:
-        sequences, length = self.dataset.sequences(), self.config.model.max_len
+        model = self.config.model
+        sequences, length = only_read(self.dataset.sequences(), model.actions), model.max_len
         if table == "pairs":
             return examples(sequences, length)
         share = self.config.train.fusion_holdout

@@ -18,7 +18,7 @@ from rayrec.errors import DataError
 from rayrec.files import filesystem
 from rayrec.followers import Followers
 from rayrec.progress import Task
-from rayrec.training.windows import examples, first_stage_events, next_item_windows
+from rayrec.training.windows import examples, first_stage_events, next_item_windows, only_read
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
     shards = list(pads.dataset(f"{root}/sequences", filesystem=fs, format="parquet").get_fragments())
     with Task("survey (shards)", len(shards)) as task:
         for shard in shards:
-            table = shard.to_table()
+            table = only_read(shard.to_table(), config.model.actions)
             events = TrainingEvents.of(table)
             everything = everything + count_followers(events.item_E, events.offsets, n_items)
             if paper:

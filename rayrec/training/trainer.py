@@ -34,7 +34,7 @@ from rayrec.training.publish import write_bundle
 from rayrec.training.runs import Runs
 from rayrec.training.survey import survey
 from rayrec.training.tracking import open_trackers
-from rayrec.training.windows import examples, next_item_windows
+from rayrec.training.windows import examples, next_item_windows, only_read
 from rayrec.training.workers import Board, train_worker
 
 MIN_CPU_A_WORKER = 0.25
@@ -112,10 +112,12 @@ def _tables(dataset: Dataset, config: Config) -> dict[str, Any]:
     """The rows of each stage, made from sequence shards as they are asked for."""
     fs, root = filesystem(dataset.path)
     sequences = ray.data.read_parquet(f"{root}/sequences", filesystem=fs)
-    length, share = config.model.max_len, config.train.fusion_holdout
+    length, share, actions = config.model.max_len, config.train.fusion_holdout, config.model.actions
 
     def rows(make: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
-        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None)
+        return sequences.map_batches(
+            lambda table: make(only_read(table, actions)), batch_format="pyarrow", batch_size=None
+        )
 
     if config.model.kind == "paper":
         return {"pairs": rows(partial(examples, max_len=length))}

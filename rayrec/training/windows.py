@@ -6,19 +6,48 @@ Which events teach which stage is decided here and nowhere else. It must not kno
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rayrec.data.training_events import flat as laid_flat
 from rayrec.data.training_events import training_mask
-from rayrec.history import Ints
-from rayrec.schema import ACTION_CODE
+from rayrec.history import Ints, is_read
+from rayrec.schema import ACTION_CODE, HEAD_ACTIONS, SEQUENCE_SCHEMA
 
 FUSION_TAIL = 5
-"""How many of a fusion visitor's last events, and of the last purchases, teach the fusion at most."""
+"""How many of a fusion visitor's last events, and of the last of each head's actions, teach the fusion at most."""
 
 Mask = npt.NDArray[np.bool_]
+
+
+def only_read(sequences: pa.Table, actions: Sequence[str]) -> pa.Table:
+    """The sequences without the events that a model of `model.actions` does not read, as `encode_history` drops them.
+
+    They teach it nothing and are no one's target. What is withheld stays so: the places move with their events.
+    """
+    action_A, offsets = laid_flat(sequences, "action")
+    kept_A = is_read(action_A, actions)
+    if kept_A.all():
+        return sequences
+    place_A = np.concatenate([[0], np.cumsum(kept_A)])  # of an event among the kept of all visitors
+    start_U, kept_offsets = offsets[:-1], place_A[offsets]
+    columns: dict[str, pa.Array] = {"user_id": sequences["user_id"]}
+    for name in SEQUENCE_SCHEMA.names[1:]:
+        kind = SEQUENCE_SCHEMA.field(name).type
+        if pa.types.is_list(kind):
+            columns[name] = _list(laid_flat(sequences, name)[0][kept_A], kept_offsets, kind.value_type)
+            continue
+        old_U = np.asarray(sequences[name], np.int64)
+        new_U = place_A[start_U + np.maximum(old_U, 0)] - kept_offsets[:-1]
+        if name != "n_train":
+            real_U = old_U >= 0
+            real_U[real_U] = kept_A[(start_U + old_U)[real_U]]
+            new_U = np.where(real_U, new_U, -1)
+        columns[name] = pa.array(new_U, kind)
+    return pa.table(columns, schema=SEQUENCE_SCHEMA)
 
 
 class Flat:
@@ -54,15 +83,18 @@ def tail(n: npt.ArrayLike) -> Ints:
 def fusion_mask(flat: Flat, sequences: pa.Table, share: float) -> Mask:
     """The events that teach the fusion and not the first stage. [A] bool.
 
-    They are the last training events, and purchases, of a share of the visitors, chosen by a hash of their id.
+    They are the last training events, and the last that teach each head (so that rare actions teach), of a share of
+    the visitors, chosen by a hash of their id.
     Kept from the first stage and from the transition counts, they show the fusion how both do on events that they
     have not seen; otherwise it would learn to trust what the first stage knows by heart (stacking, Wolpert 1992).
     """
     ids = sequences["user_id"].to_pylist()
     chosen_U = np.fromiter((zlib.crc32(name.encode()) % 1000 < 1000 * share for name in ids), bool, len(ids))
     candidates_A = flat.trainable_A & chosen_U[flat.visitor_A]
-    purchases_A = candidates_A & (flat.action_A == ACTION_CODE["purchase"])
-    return flat.last(candidates_A) | flat.last(purchases_A)
+    mask_A = flat.last(candidates_A)
+    for actions in HEAD_ACTIONS.values():
+        mask_A |= flat.last(candidates_A & np.isin(flat.action_A, [ACTION_CODE[action] for action in actions]))
+    return mask_A
 
 
 def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) -> pa.Table:
@@ -88,10 +120,10 @@ def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) ->
 
 
 def examples(sequences: pa.Table, max_len: int, fusion_share: float | None = None) -> pa.Table:
-    """One row a target: the newest `max_len` events before it, and the item and whether it was purchased.
+    """One row a target: the newest `max_len` events before it, the item, and what was done with it.
 
     fusion_share: only the events that teach the fusion of that share of visitors; None: every training event.
-    -> item, action, time_ms (lists), target (int32), purchase (bool).
+    -> item, action, time_ms (lists), target (int32), target_action (int8, schema.ACTION_CODE).
     """
     flat = Flat(sequences)
     chosen_A = flat.trainable_A if fusion_share is None else fusion_mask(flat, sequences, fusion_share)
@@ -100,7 +132,7 @@ def examples(sequences: pa.Table, max_len: int, fusion_share: float | None = Non
     event_X, offsets = _ranges(event_T - length_T, length_T)
     table = _lists(flat, event_X, offsets)
     table = table.append_column("target", pa.array(flat.item_A[event_T], pa.int32()))
-    return table.append_column("purchase", pa.array(flat.action_A[event_T] == ACTION_CODE["purchase"]))
+    return table.append_column("target_action", pa.array(flat.action_A[event_T], pa.int8()))
 
 
 def first_stage_events(sequences: pa.Table, fusion_share: float) -> tuple[Ints, Ints]:
