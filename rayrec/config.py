@@ -201,7 +201,9 @@ class TrainConfig(Settings):
     full_softmax_below: int = Field(50_000, ge=1, description="above this many items negatives are sampled")
     fusion_epochs: int = Field(6, ge=0)
     fusion_batch_size: int = Field(48, ge=1, description="lists a step and worker")
-    fusion_holdout: float = Field(0.3, gt=0, lt=1, description="share of users whose last events teach the fusion")
+    fusion_holdout: float = Field(0.5, gt=0, lt=1, description="share of users whose last events teach the fusion")
+    refit_epochs: int = Field(1, ge=0, description="of the first stage at last, with what was withheld; 0 is off")
+    refit_lr: float = Field(1e-3, gt=0, description="`lr` of these epochs")
     max_samples: int = Field(0, ge=0, description="training samples an epoch; 0 is all")
     workers: int = Field(1, ge=1)
     gpu: bool = False

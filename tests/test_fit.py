@@ -98,6 +98,20 @@ def test_the_last_checkpoint_is_the_model(fit: Fit, folder: Path) -> None:
     assert (state["stage"], state["history"]) == ("done", fit.history)
 
 
+def test_the_refit_teaches_what_was_withheld_and_leaves_the_fusion_alone(dataset: Dataset, tmp_path: Path) -> None:
+    settings = ("train.epochs=1", "train.fusion_holdout=0.999", "train.weight_decay=0", "model.id_dropout=0")
+    without = trained(dataset, tinyshop.tiny(*settings, "train.refit_epochs=0"), tmp_path / "without")
+    refitted = trained(dataset, tinyshop.tiny(*settings), tmp_path / "with")
+    for name, weight in without.model.fusion.state_dict().items():
+        assert torch.equal(refitted.model.fusion.state_dict()[name], weight), name
+    before, after = (fit.model.item_encoder.id.weight for fit in (without, refitted))
+    assert not torch.equal(before, after)
+    assert losses(refitted, "refit")[-1] < losses(refitted, "refit")[0]
+    rows = {stage: without.job.rows[stage] for stage in ("retrieval", "fusion")}
+    assert refitted.job.rows | rows == refitted.job.rows
+    assert refitted.job.rows["refit"] >= rows["retrieval"]
+
+
 # ---------------------------------------------------------------- resume
 
 
@@ -121,7 +135,7 @@ def interrupted(dataset: Dataset, config: Config, folder: Path, stage: str, epoc
         Fit(job, LocalFeed(dataset, config), Unlucky(folder)).run()
 
 
-@pytest.mark.parametrize(("stage", "epoch"), [("retrieval", 0), ("retrieval", 2), ("fusion", 0)])
+@pytest.mark.parametrize(("stage", "epoch"), [("retrieval", 0), ("retrieval", 2), ("fusion", 0), ("refit", 0)])
 def test_a_resumed_training_ends_with_the_same_weights(
     dataset: Dataset, fit: Fit, folder: Path, tmp_path: Path, stage: str, epoch: int
 ) -> None:
@@ -129,7 +143,7 @@ def test_a_resumed_training_ends_with_the_same_weights(
     (tmp_path / "second").mkdir()
     lines: list[dict[str, Any]] = []
     again = train_alone(dataset, tinyshop.tiny(), tmp_path / "second", resume=tmp_path / "first", on_epoch=lines.append)
-    order = [("retrieval", 0), ("retrieval", 1), ("retrieval", 2), ("fusion", 0)]
+    order = [("retrieval", 0), ("retrieval", 1), ("retrieval", 2), ("fusion", 0), ("refit", 0), ("refit", 1)]
     rest = order[order.index((stage, epoch)) + 1 :]
     assert [(line["stage"], line["epoch"]) for line in lines[:-1]] == rest
     assert [(line["stage"], line["epoch"]) for line in again.history] == order
@@ -157,7 +171,7 @@ def test_it_stops_early_and_keeps_the_best_epoch(
     """The judge likes the second epoch best; with a patience of two the fourth is the last."""
     scores = iter([0.2, 0.9, 0.5, 0.4, 0.0])
     monkeypatch.setattr(Fit, "_validate", lambda fit, stage: {"valid_next_ndcg@10": next(scores)})
-    config = tinyshop.tiny("train.epochs=9", "train.patience=2", "train.fusion_epochs=0")
+    config = tinyshop.tiny("train.epochs=9", "train.patience=2", "train.fusion_epochs=0", "train.refit_epochs=0")
     weights: list[torch.Tensor] = []
 
     class Watching(Alone):
@@ -177,7 +191,7 @@ def test_max_samples_bounds_an_epoch(dataset: Dataset, tmp_path: Path) -> None:
     sizes = ("train.batch_size=10", "train.fusion_batch_size=10")
     config = tinyshop.tiny("train.max_samples=20", "train.epochs=1", *sizes)
     fit = trained(dataset, config, tmp_path / "a")
-    assert [line["steps"] for line in fit.history] == [2, 2]
+    assert [line["steps"] for line in fit.history] == [2, 2, 2, 2]
     assert all(line["samples"] <= 20 for line in fit.history)
 
 

@@ -22,7 +22,13 @@ from rayrec.training.trainer import ALLOCATOR
 
 EPOCHS = 4
 IMAGE_SIZE = 32
-SETTINGS = (f"train.epochs={EPOCHS}", f"train.patience={EPOCHS}", "train.fusion_epochs=0", "train.tracker=[]")
+SETTINGS = (
+    f"train.epochs={EPOCHS}",
+    f"train.patience={EPOCHS}",
+    "train.fusion_epochs=0",
+    "train.refit_epochs=0",
+    "train.tracker=[]",
+)
 
 # Ray gives its workers a low priority; with it whatever else the machine does would count against one side alone.
 ENVIRONMENT = {**ALLOCATOR, "RAY_worker_niceness": "0"}

@@ -187,7 +187,7 @@ class Recommender(nn.Module):
         return torch.sigmoid(logit_BCH * calibration_H2[:, 0] + calibration_H2[:, 1])
 
     def stage_parameters(self, stage: str) -> list[nn.Parameter]:
-        """The parameters that stage "retrieval" or "fusion" trains."""
+        """The parameters that a stage trains: the fusion's own, or all others."""
         fusion = list(self.fusion.parameters())
         return fusion if stage == "fusion" else [p for p in self.parameters() if all(p is not q for q in fusion)]
 

@@ -27,12 +27,13 @@ from rayrec.data.dataset import Dataset
 from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.followers import Followers
 from rayrec.model.paper import PaperModel
-from rayrec.model.recommender import build
+from rayrec.model.recommender import Recommender, build
 from rayrec.model.scorer import Scorer
 from rayrec.training.batches import PAPER_NEGATIVES, ListCollate, NextItemCollate, PairCollate, minibatches
 from rayrec.training.calibrate import calibrate
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, train_epoch
 from rayrec.training.warm_start import warm_start
+from rayrec.training.windows import stages
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Feed(Protocol):
     """Where a worker's rows come from."""
 
     def chunks(self, table: str, rng: np.random.Generator) -> Iterator[pa.Table]:
-        """This worker's rows for a stage, "retrieval", "fusion" or "pairs", once over, in chunks to be shuffled."""
+        """This worker's rows for a stage of `windows.stages`, once over, in chunks to be shuffled."""
 
 
 class Peers(Protocol):
@@ -108,24 +109,31 @@ class Fit:
         if isinstance(self.model, PaperModel):
             self._stage("pairs", train.epochs, saved, lambda rows, rng: self._pairs(rows, rng))
         else:
-            collate = NextItemCollate(
-                self.model.config.model.max_len, self.dataset.clock, self.peers.device, self.peers.device.type == "cuda"
-            )
-            self._stage("retrieval", train.epochs, saved, self._rows_to(collate))
-            self.model.vector_ND = self.model.encode_items()
-            lists = ListCollate(self._scorer(), self.peers.device)
-            self._stage("fusion", train.fusion_epochs, saved, self._rows_to(lists))
-            calibrate(
-                self.model, self._scorer(), self.feed.chunks("fusion", np.random.default_rng(train.seed)), train.seed
-            )
+            self._two_stages(self.model, saved)
         vector_ND = self.model.encode_items().cpu().numpy()
         self.peers.report({"stage": "done"}, lambda folder: self._finish(folder, vector_ND))
 
+    def _two_stages(self, model: Recommender, saved: dict[str, Any] | None) -> None:
+        """Retrieval, the fusion over what it returns, and retrieval once more with what was withheld for the fusion."""
+        train, device = self.job.config.train, self.peers.device
+        windows = NextItemCollate(model.config.model.max_len, self.dataset.clock, device, device.type == "cuda")
+        self._stage("retrieval", train.epochs, saved, self._rows_to(windows, train.batch_size))
+        if not (saved and "fusion" in saved["finished"]):
+            model.vector_ND = model.encode_items()
+            lists = ListCollate(self._scorer(), device)
+            self._stage("fusion", train.fusion_epochs, saved, self._rows_to(lists, train.fusion_batch_size))
+            withheld = self.feed.chunks("fusion", np.random.default_rng(train.seed))
+            calibrate(model, self._scorer(), withheld, train.seed)  # the refit will know them by heart
+            model.vector_ND = None
+        self._stage("refit", train.refit_epochs, saved, self._rows_to(windows, train.batch_size))
+
     def _stage(self, stage: str, epochs: int, saved: dict[str, Any] | None, make: Callable[..., Iterator[Any]]) -> None:
         """Train one stage to its end, and leave its best weights in the model."""
-        if saved and stage in saved["finished"]:
+        if not epochs or (saved and stage in saved["finished"]):
             return
         train = self.job.config.train
+        if stage == "refit":
+            train = train.model_copy(update={"lr": train.refit_lr})
         parameters = list(self.model.stage_parameters(stage))
         chosen = {id(parameter) for parameter in parameters}
         for parameter in self.model.parameters():
@@ -141,7 +149,7 @@ class Fit:
             stopper.better(score(self._validate(stage)))  # the fusion must beat plain retrieval
         self.model.refresh()
         for epoch in range(first, epochs):
-            if stopper.stop:
+            if stopper.stop and stage != "refit":
                 break
             rng = np.random.default_rng([train.seed, len(stage), epoch, self.peers.rank])
             torch.manual_seed(int(rng.integers(2**31)))
@@ -150,15 +158,16 @@ class Fit:
                 batches = islice(batches, steps)
             stats = train_epoch(learner, stage, epoch, batches, partial(self.peers.step, stage, epoch, steps))
             metrics = self._validate(stage)
-            if stopper.better(score(metrics)):
+            if stopper.better(score(metrics)) or stage == "refit":  # it is there for what validation does not ask
                 best = {name: value.clone() for name, value in self.model.state_dict().items()}
             self._report(stats, metrics, learner, stopper, best)
         self.model.load_state_dict(best)
 
-    def _rows_to(self, collate: Callable[[pa.Table], Any]) -> Callable[[Iterator[pa.Table], Any], Iterator[Any]]:
+    def _rows_to(
+        self, collate: Callable[[pa.Table], Any], batch_size: int
+    ) -> Callable[[Iterator[pa.Table], Any], Iterator[Any]]:
         """What turns a stage's chunks of rows into its batches."""
-        stage = "fusion" if isinstance(collate, ListCollate) else "retrieval"
-        return lambda chunks, rng: map(collate, minibatches(chunks, self._batch_size(stage), rng))
+        return lambda chunks, rng: map(collate, minibatches(chunks, batch_size, rng))
 
     def _pairs(self, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[Any]:
         config = self.job.config
@@ -189,7 +198,7 @@ class Fit:
     def _validate(self, stage: str) -> dict[str, float]:
         """The first worker's judgement of the model as it stands, on every worker."""
         found = None
-        scorer = self._scorer(fused=stage == "fusion")  # of every worker: it brings the table of pictures up to date
+        scorer = self._scorer(fused=stage != "retrieval")  # of every worker: it brings the table of pictures up to date
         if self.peers.rank == 0:
             settings = ReplaySettings(
                 split="valid",
@@ -226,7 +235,7 @@ class Fit:
                 "stage": stats.stage,
                 "epoch": stats.epoch,
                 "stopper": [stopper.best, stopper.epochs_since],
-                "finished": ["retrieval"] if stats.stage == "fusion" else [],
+                "finished": _before(stats.stage, self.job.config),
                 "history": self.history,
                 "config": self.job.config.model_dump(),
             }
@@ -250,12 +259,17 @@ class Fit:
     def _finish(self, folder: Path, vector_ND: np.ndarray) -> None:
         save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
         np.save(folder / "vectors.npy", vector_ND, allow_pickle=False)
-        state = {"stage": "done", "finished": ["pairs", "retrieval", "fusion"], "history": self.history}
+        state = {"stage": "done", "finished": stages(self.job.config), "history": self.history}
         (folder / "state.json").write_text(json.dumps(state))
 
 
 def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _before(stage: str, config: Config) -> list[str]:
+    order = stages(config)
+    return list(order[: order.index(stage)])
 
 
 def score(metrics: dict[str, float]) -> float:

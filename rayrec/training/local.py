@@ -20,7 +20,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.training.batches import ROWS_A_CHUNK
 from rayrec.training.fit import Fit, Job
 from rayrec.training.survey import survey
-from rayrec.training.windows import examples, next_item_windows, only_read
+from rayrec.training.windows import only_read, stage_rows
 
 
 @dataclass
@@ -43,12 +43,7 @@ class LocalFeed:
     def _make(self, table: str) -> pa.Table:
         model = self.config.model
         sequences, length = only_read(self.dataset.sequences(), model.actions), model.max_len
-        if table == "pairs":
-            return examples(sequences, length)
-        share = self.config.train.fusion_holdout
-        return (
-            next_item_windows(sequences, length, share) if table == "retrieval" else examples(sequences, length, share)
-        )
+        return stage_rows(sequences, table, length, self.config.train.fusion_holdout)
 
 
 @dataclass

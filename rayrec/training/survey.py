@@ -18,7 +18,7 @@ from rayrec.errors import DataError
 from rayrec.files import filesystem
 from rayrec.followers import Followers
 from rayrec.progress import Task
-from rayrec.training.windows import examples, first_stage_events, next_item_windows, only_read
+from rayrec.training.windows import first_stage_events, only_read, stage_rows, stages
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
     empty = sp.csr_array((n_items + 1, n_items + 1))
     first_stage = everything = Followers(empty, empty)
     paper = config.model.kind == "paper"
-    rows = {"pairs": 0} if paper else {"retrieval": 0, "fusion": 0}
+    rows = dict.fromkeys(stages(config), 0)
     share = config.train.fusion_holdout
     fs, root = filesystem(dataset.path)
     shards = list(pads.dataset(f"{root}/sequences", filesystem=fs, format="parquet").get_fragments())
@@ -51,12 +51,12 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
             table = only_read(shard.to_table(), config.model.actions)
             events = TrainingEvents.of(table)
             everything = everything + count_followers(events.item_E, events.offsets, n_items)
-            if paper:
-                rows["pairs"] += len(examples(table, 1))
-            else:
+            if not paper:
                 first_stage = first_stage + count_followers(*first_stage_events(table, share), n_items)
-                rows["retrieval"] += len(next_item_windows(table, config.model.max_len, share))
-                rows["fusion"] += len(examples(table, 1, share))
+            for stage in rows:
+                # How long a history is changes the number of windows, not that of examples.
+                max_len = 1 if stage in ("pairs", "fusion") else config.model.max_len
+                rows[stage] += len(stage_rows(table, stage, max_len, share))
             task.advance()
     if not next(iter(rows.values())):
         raise DataError(

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rayrec.config import Config
 from rayrec.data.training_events import flat as laid_flat
 from rayrec.data.training_events import training_mask
 from rayrec.history import Ints, is_read
@@ -95,6 +96,20 @@ def fusion_mask(flat: Flat, sequences: pa.Table, share: float) -> Mask:
     for actions in HEAD_ACTIONS.values():
         mask_A |= flat.last(candidates_A & np.isin(flat.action_A, [ACTION_CODE[action] for action in actions]))
     return mask_A
+
+
+def stages(config: Config) -> tuple[str, ...]:
+    """The stages of a training, in order. Each has rows of its own."""
+    if config.model.kind == "paper":
+        return ("pairs",)
+    return ("retrieval", "fusion", "refit") if config.train.refit_epochs else ("retrieval", "fusion")
+
+
+def stage_rows(sequences: pa.Table, stage: str, max_len: int, fusion_share: float) -> pa.Table:
+    """The rows that teach a stage: see `next_item_windows` (retrieval, refit) and `examples` (fusion, pairs)."""
+    if stage in ("retrieval", "refit"):
+        return next_item_windows(sequences, max_len, fusion_share if stage == "retrieval" else 0.0)
+    return examples(sequences, max_len, fusion_share if stage == "fusion" else None)
 
 
 def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) -> pa.Table:
