@@ -27,6 +27,11 @@ def ratio_interval(ours_U: Gains, theirs_U: Gains) -> list[float]:
     return np.quantile(ratios, [0.025, 0.975]).tolist()
 
 
+def difference_interval(ours_U: Gains, theirs_U: Gains) -> list[float]:
+    """95% interval of the difference of the means; each draw takes the same users on both sides."""
+    return interval(ours_U - theirs_U)
+
+
 def chance_of_no_difference(ours_U: Gains, theirs_U: Gains) -> float:
     """Two-sided p of a randomisation test: how often the mean difference is as large with signs drawn at random.
 
