@@ -186,7 +186,9 @@ class TrainConfig(Settings):
     clip_norm: float = Field(5.0, ge=0, description="longest gradient; 0 is off")
     patience: int = Field(3, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     valid_users: int = Field(2000, ge=1, description="users sampled for validation after each epoch")
-    image_budget: int = Field(48, ge=0, description="distinct images encoded with gradient a step")
+    image_budget: int = Field(
+        48, ge=0, description="distinct images encoded with gradient a step (frozen features: all)"
+    )
     image_refresh: int = Field(192, ge=1, description="images encoded without gradient a step, all in turn")
     image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
     loss: Literal["softmax", "bpr_max", "gbce"] = "softmax"

@@ -41,6 +41,8 @@ from rayrec.training.local import Alone, LocalFeed, train_alone
 from rayrec.training.publish import write_bundle
 from rayrec.training.survey import survey
 
+FEW_PICTURES = ("train.image_budget=4", "train.image_refresh=4")
+
 
 def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     """An EfficientNet-Lite0 that was never trained, under the published names."""
@@ -202,7 +204,7 @@ def model_of(dataset: Dataset, *settings: str) -> Recommender:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return tinyshop.write(tmp_path_factory.mktemp("tiny") / "shop", users=30)
+    return tinyshop.write(tmp_path_factory.mktemp("tiny") / "shop", users=12)
 
 
 @pytest.mark.parametrize("train", CUT)
@@ -230,9 +232,8 @@ def test_a_bundle_opens_without_the_pretrained_weights(shop: Dataset, file: Path
     """What is frozen is no part of it; what learned is. And another training may start from it."""
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(file.read_bytes())
-    config = tinyshop.tiny(
-        f"model.image_backbone={weights}", f"model.image_train={train}", "train.epochs=1", "train.fusion_epochs=0"
-    )
+    chosen = (f"model.image_backbone={weights}", f"model.image_train={train}")
+    config = tinyshop.tiny(*chosen, *FEW_PICTURES, "train.epochs=1", "train.fusion_epochs=0")
     (tmp_path / "run").mkdir()
     fit = train_alone(shop, config, tmp_path / "run")
     followers = survey(shop, tinyshop.N_ITEMS, config).everything
@@ -286,7 +287,7 @@ def test_no_vector_is_nan_whatever_the_pictures(file: Path, tmp_path: Path, sour
         alike = [{**row, "pixels": rows[0]["pixels"]} for row in rows]
         pq.write_table(table.from_pylist(alike, schema=IMAGE_SCHEMA), tmp_path / "shop" / "images" / "0.parquet")
     backbone_of = () if "scratch" in source else (f"model.image_backbone={file}",)
-    config = tinyshop.tiny(source, *backbone_of, "train.epochs=1", "train.fusion_epochs=1")
+    config = tinyshop.tiny(source, *backbone_of, *FEW_PICTURES, "train.epochs=1", "train.fusion_epochs=1")
     fit = train_alone(shop, config, tmp_path)
     assert all(bool(value.isfinite().all()) for value in load_file(tmp_path / "model.safetensors").values())
     vector_ND = np.load(tmp_path / "vectors.npy")
