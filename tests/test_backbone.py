@@ -217,14 +217,15 @@ def test_a_vector_does_not_depend_on_its_company_even_in_training(shop: Dataset,
     assert float((together[0] - together[1]).abs().max()) > 1e-3, "red is not green"
 
 
-def test_frozen_features_begin_standardised(shop: Dataset, file: Path) -> None:
+def test_what_is_projected_begins_centred_and_white(shop: Dataset, file: Path) -> None:
     cnn = (model := model_of(shop, f"model.image_backbone={file}")).item_encoder.cnn
     assert isinstance(cnn, PretrainedCNN)
-    features_MF = (cnn.features(model.items.picture_MX) - cnn.mean_F) * cnn.scale_F
-    assert float(features_MF.mean(0).abs().max()) < 1e-2
-    vary = 1 / cnn.scale_F > 0.011
-    assert vary.any()
-    torch.testing.assert_close(features_MF.std(0, correction=0)[vary], torch.ones(int(vary.sum())), atol=1e-2, rtol=0)
+    white_MW = (cnn.features(model.items.picture_MX) - cnn.centre_F) @ cnn.whiten_FW
+    assert float(white_MW.mean(0).abs().max()) < 1e-2
+    covariance_WW = white_MW.T @ white_MW / len(white_MW)
+    varies = covariance_WW.diagonal() > 0.5
+    assert 1 <= int(varies.sum()) < len(white_MW), "of M pictures there are M - 1 directions at most"
+    torch.testing.assert_close(covariance_WW[varies][:, varies], torch.eye(int(varies.sum())), atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("train", CUT)

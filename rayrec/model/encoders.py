@@ -116,8 +116,10 @@ def as_float(pixels_MCSS: Tensor) -> Tensor:
     return pixels_MCSS.float().mul_(2 / 255).sub_(1)
 
 
+DIRECTIONS, MEASURED = 64, 4096
+"""Directions of a pretrained network's features that are read, and of how many pictures at most they are found."""
 LEAST_DEVIATION = 0.01
-"""Of a feature over all pictures: one that hardly varies is left small, and one that never does is 0."""
+"""Of a direction over all pictures: one that hardly varies is left small, and one that never does is 0."""
 
 
 class ImageCNN(nn.Module):
@@ -142,31 +144,39 @@ class ImageCNN(nn.Module):
 
 
 class PretrainedCNN(nn.Module):
-    """The upper layers of a pretrained network, and a projection of its features, standardised over the pictures.
+    """The upper layers of a pretrained network, and a projection of what tells its features of the pictures apart.
 
-    The statistics are those of the features at the start, and are saved with the weights: a vector does not depend on
-    what else is in the batch.
+    That is their first DIRECTIONS principal components, each scaled to deviation 1: a shop has too few pictures to
+    learn a projection of all HEAD features. Centre and directions are those of the features at the start, and are saved
+    with the weights: a vector does not depend on what else is in the batch.
     """
 
-    mean_F: Tensor
-    scale_F: Tensor
+    centre_F: Tensor
+    whiten_FW: Tensor
 
     def __init__(self, train: str, width: int) -> None:
         super().__init__()
         self.learns = train
         self.upper = above(train, layers())
-        self.project = nn.Linear(HEAD, width)
-        self.register_buffer("mean_F", torch.zeros(HEAD))
-        self.register_buffer("scale_F", torch.ones(HEAD))
+        self.project = nn.Linear(DIRECTIONS, width)
+        self.register_buffer("centre_F", torch.zeros(HEAD))
+        self.register_buffer("whiten_FW", torch.zeros(HEAD, DIRECTIONS))
 
     @torch.no_grad()
     def begin(self, whole: nn.Sequential, picture_MX: Tensor, batch: int = 256) -> None:
-        """Take the weights of the upper layers, and the statistics of the features."""
+        """Take the weights of the upper layers, and find centre and directions."""
         self.upper.load_state_dict(above(self.learns, whole).state_dict())
-        if len(picture_MX):
-            features_MF = torch.cat([self.features(part) for part in picture_MX.split(batch)])
-            self.mean_F.copy_(features_MF.mean(0))
-            self.scale_F.copy_(1 / features_MF.std(0, correction=0).clamp(min=LEAST_DEVIATION))
+        if not len(picture_MX):
+            return
+        some_MX = picture_MX[:: -(-len(picture_MX) // MEASURED)]
+        feature_MF = torch.cat([self.features(part) for part in some_MX.split(batch)])
+        self.centre_F.copy_(feature_MF.mean(0))
+        n = min(DIRECTIONS, len(feature_MF))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, length_W, direction_FW = torch.svd_lowrank(feature_MF - self.centre_F, q=n, niter=4)
+        deviation_W = (length_W / len(feature_MF) ** 0.5).clamp(min=LEAST_DEVIATION)
+        self.whiten_FW[:, :n] = direction_FW / deviation_W
 
     def features(self, picture_MX: Tensor) -> Tensor:
         """[M, ...] -> [M, F] float32."""
@@ -174,7 +184,7 @@ class PretrainedCNN(nn.Module):
 
     def forward(self, picture_MX: Tensor) -> Tensor:
         """[M, ...], see `ItemTable` -> [M, D] float32."""
-        return self.project((self.features(picture_MX) - self.mean_F) * self.scale_F)
+        return self.project((self.features(picture_MX) - self.centre_F) @ self.whiten_FW)
 
 
 def picture_encoder(config: ModelConfig) -> ImageCNN | PretrainedCNN:
