@@ -299,6 +299,30 @@ def bench_quality(
     _show_bench(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes), as_json)
 
 
+@bench_app.command("cold")
+def bench_cold(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset with pictures.")],
+    out: Annotated[Path, typer.Argument(help="Where runs are kept, and the tables written.")],
+    share: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of known items that become cold.")] = 0.1,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="Values of model.image_backbone to compare; repeatable.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these variants; repeatable. Default: all.")] = None,
+    raw: Annotated[Path | None, typer.Option(help="The sample shop of the dataset: its oracle is judged too.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """What pictures are worth for items without events, and for known ones; goes on where it was stopped."""
+    from rayrec.bench.cold import run
+
+    result = run(
+        dataset, out, share=share, seeds=seeds, backbones=backbone or ["scratch"], only=only or [], raw=raw,
+        settings=set_ or [],
+    )  # fmt: skip
+    _show_bench(result, as_json)
+
+
 def _show_bench(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(result)

@@ -144,6 +144,9 @@ class PrepareConfig(Settings):
 # ---------------------------------------------------------------- train
 
 
+SCRATCH = "scratch"
+
+
 class ModelConfig(Settings):
     """Shape of the model. `kind` chooses the family; the rest belongs to `fusion` unless it says otherwise."""
 
@@ -164,6 +167,12 @@ class ModelConfig(Settings):
     id_dropout: float = Field(0.1, ge=0, lt=1, description="share of items whose id is hidden in a training step")
     image_size: int = Field(32, ge=8, description="images are averaged down to this before the CNN")
     cnn_channels: tuple[int, ...] = (16, 32, 64)
+    image_backbone: str = Field(
+        "scratch", description="the CNN above; or efficientnet_lite0 pretrained (an extra), or a file with its weights"
+    )
+    image_train: Literal["frozen", "top", "all"] = Field(
+        "frozen", description="layers of a pretrained network that learn; frozen: a projection of its features alone"
+    )
     use_id: bool = True
     use_image: bool = True
     use_attributes: bool = True
@@ -171,7 +180,9 @@ class ModelConfig(Settings):
     candidates: int = Field(120, ge=10, description="items of each source that the fusion re-orders")
 
     @model_validator(mode="after")
-    def _heads_share_the_width(self) -> ModelConfig:
+    def _parts_fit(self) -> ModelConfig:
+        if self.kind == "paper" and self.image_backbone != SCRATCH:
+            raise ValueError("the paper's model has a CNN of its own; leave model.image_backbone alone")
         if self.encoder == "transformer" and self.width % self.heads:
             raise ValueError(f"model.width {self.width} must be a multiple of model.heads {self.heads}")
         return self
@@ -189,8 +200,11 @@ class TrainConfig(Settings):
     clip_norm: float = Field(5.0, ge=0, description="longest gradient; 0 is off")
     patience: int = Field(3, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     valid_users: int = Field(2000, ge=1, description="users sampled for validation after each epoch")
-    image_budget: int = Field(48, ge=0, description="distinct images encoded with gradient a step")
+    image_budget: int = Field(
+        48, ge=0, description="distinct images encoded with gradient a step (frozen features: all)"
+    )
     image_refresh: int = Field(192, ge=1, description="images encoded without gradient a step, all in turn")
+    image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
     loss: Literal["softmax", "bpr_max", "gbce"] = "softmax"
     negatives: int = Field(
         0, ge=0, description="sampled for a batch; 0: softmax over all items, 1024 for other losses, 4 for paper"

@@ -12,7 +12,8 @@ import pytest
 import tinyshop
 
 from rayrec.bench import quality
-from rayrec.bench.quality import Peer, export, interval, ratio_interval, run, table
+from rayrec.bench.intervals import interval, ratio_interval
+from rayrec.bench.quality import Peer, export, run, table
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
 from rayrec.evaluation.judge import evaluate, floor_makers

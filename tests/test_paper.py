@@ -120,7 +120,7 @@ def test_without_a_time_of_day_the_hour_is_nothing(model: PaperModel) -> None:
 @torch.no_grad()
 def test_the_logit_is_one_dense_layer_over_the_concatenation(model: PaperModel) -> None:
     past = histories([(1, VIEW), (2, CART)])
-    image = model.image(as_float(model.items.pixels_MCSS[model.items.image_row_N[[11]]]))
+    image = model.image(as_float(model.items.picture_MX[model.items.image_row_N[[11]]]))
     behaviour = model.behaviour(model.lstm(model.behaviour_numbers(past), past.item_BL > 0))
     to_the_letter = model.out(torch.cat([image, behaviour], 1)).item()
     vector_ND = model.encode_items()

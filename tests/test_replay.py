@@ -272,3 +272,30 @@ def test_a_catalogue_of_one_item() -> None:
     assert result["metrics"]["users"] == 0
     assert result["pointwise"]["auc"] is None
     assert len(answers.to_pylist()[0]["shown"]) == SHOWN
+
+
+# ---------------------------------------------------------------- cold items among cold items
+
+
+def test_a_cold_target_is_ranked_among_cold_items_alone() -> None:
+    # Items 3 to 6 are cold. u0: 6 is ahead of 4, 3 was seen, 5 ties and counts against us. u1's target is warm.
+    scores = ScoreTable(next=[9, 8, 7, 2, 2, 3])
+    found = ask(scores, sequence_table([1, 3, 4], [3, 4, 1]), n_items=6, cold=(3, 4, 5, 6), protocols=("cold",))
+    assert set(found) == {("cold", "u0")}
+    assert found["cold", "u0"]["rank"] == 3
+    assert found["cold", "u0"]["shown"][:4] == [6, 4, 5, 0]
+
+
+def test_a_cold_target_that_was_met_before_is_not_asked_for() -> None:
+    assert not ask(ScoreTable(next=[1, 2]), sequence_table([2, 1, 2]), n_items=2, cold=(2,), protocols=("cold",))
+    assert not ask(ScoreTable(next=[1, 2]), sequence_table([1, 1, 2]), n_items=2, cold=(), protocols=("cold",))
+
+
+def test_cold_items_are_those_without_a_training_event(tmp_path: Path) -> None:
+    sequences = sequence_table([1, 2, 3], [2, 1, 4], [1, 2, 4])
+    dataset = write_dataset(tmp_path / "shop", sequences, item_table([9, 9, 0, 0]))
+    result = evaluate(maker(ScoreTable(next=[9, 9, 1, 2])), dataset, "test", max_len=5, parallel=False)
+    assert result["cold"]["users"] == 3
+    assert result["cold"]["hr@1"] == pytest.approx(2 / 3)
+    assert result["cold"]["mrr@10"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert result["floors"]["popular"]["cold"]["hr@1"] == 0, "all cold items tie"

@@ -26,6 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayrec.bench.intervals import interval, ratio_interval
+from rayrec.bench.kept import Made, kept
 from rayrec.bench.measure import measured
 from rayrec.bundle import Bundle
 from rayrec.config import preset
@@ -43,7 +45,6 @@ from rayrec.serving.scorer import load_scorer
 US = "rayrec"
 SPLITS: tuple[Split, ...] = ("valid", "test")
 SCORES_AT_ONCE = 20_000_000
-BOOTSTRAPS = 1000
 Settings = dict[str, Any]
 
 
@@ -148,17 +149,15 @@ class Shop:
 
     def run(self, model: str, settings: Settings, seed: int) -> Run:
         """The run as kept, or anew."""
-        digest = hashlib.sha256(json.dumps([settings, self.minutes], sort_keys=True).encode()).hexdigest()[:8]
-        kept = self.folder / f"{model}-{digest}-{seed}"
-        if not kept.with_suffix(".json").exists():
+
+        def make() -> Made:
             step(f"{self.folder.name}: {model} {json.dumps(settings)} seed {seed}")
             answers, cost = self._answers(model, settings, seed)
-            pq.write_table(pa.concat_tables(answers.values()), kept.with_suffix(".parquet"), compression="zstd")
             figures = {split: _figures(table["rank"].to_numpy()) for split, table in answers.items()}
             body = {"model": model, "settings": settings, "seed": seed, "figures": figures, "cost": cost}
-            kept.with_suffix(".json").write_text(json.dumps(body, indent=1) + "\n")
-        body = json.loads(kept.with_suffix(".json").read_text())
-        table = pq.read_table(kept.with_suffix(".parquet"))
+            return body, pa.concat_tables(answers.values())
+
+        body, table = kept(self.folder, model, [settings, self.minutes], seed, make)
         test = table.filter(pc.equal(table["ranker"], "test")).sort_by("user_id")
         ranks = test["user_id"].to_numpy(zero_copy_only=False), test["rank"].to_numpy()
         return Run(settings, seed, body["figures"], body["cost"], *ranks)
@@ -312,23 +311,6 @@ def _compare(rows: list[Row]) -> None:
 def spread(runs: Sequence[Run]) -> float:
     """Standard deviation of NDCG@10 over seeds; 0 of one."""
     return statistics.stdev(run.figures["test"]["ndcg@10"] for run in runs) if len(runs) > 1 else 0.0
-
-
-def interval(gain_U: npt.NDArray[np.float64]) -> list[float]:
-    """95% interval of the mean, by a bootstrap over users."""
-    means = [gain_U[drawn].mean() for drawn in _draws(len(gain_U))]
-    return np.quantile(means, [0.025, 0.975]).tolist()
-
-
-def ratio_interval(ours_U: npt.NDArray[np.float64], theirs_U: npt.NDArray[np.float64]) -> list[float]:
-    """95% interval of the ratio of the means; each draw takes the same users on both sides."""
-    ratios = [ours_U[drawn].mean() / max(theirs_U[drawn].mean(), 1e-12) for drawn in _draws(len(ours_U))]
-    return np.quantile(ratios, [0.025, 0.975]).tolist()
-
-
-def _draws(n: int) -> Iterator[npt.NDArray[np.int64]]:
-    rng = np.random.default_rng(0)
-    return (rng.integers(0, n, n) for _ in range(BOOTSTRAPS))
 
 
 def _median(runs: Sequence[Run], name: str) -> float | None:

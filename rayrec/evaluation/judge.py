@@ -78,6 +78,7 @@ def evaluate(
         protocols=tuple(protocols),
         seed=seed,
         hash_limit=_hash_limit(sequences, split, users, seed),
+        cold=cold_items(catalogue),
     )
     makers = {MODEL: make_ranker, **(floor_makers(sequences, catalogue) if floors else {})}
     if parallel:
@@ -87,6 +88,11 @@ def evaluate(
     else:
         answers = replay({name: make() for name, make in makers.items()}, sequences, settings)
     return summarise(answers, catalogue, settings, tuple(makers))
+
+
+def cold_items(catalogue: Catalogue) -> tuple[int, ...]:
+    """Items without a training event, ascending."""
+    return tuple((np.flatnonzero(catalogue.n_train[1:] == 0) + 1).tolist())
 
 
 def floor_makers(sequences: pa.Table, catalogue: Catalogue) -> dict[str, Callable[[], Ranker]]:

@@ -9,21 +9,24 @@ import numpy as np
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.sample import Oracle, Query
+from rayrec.evaluation.judge import cold_items
 from rayrec.evaluation.metrics import Figures, rank_figures
 from rayrec.evaluation.replay import Question, ReplaySettings, Split, Visitors, target_places
 from rayrec.schema import ACTIONS
 
-PROTOCOLS = ("metrics", "next")
+PROTOCOLS = ("metrics", "next", "cold")
 BATCH = 512
 
 
 def oracle_figures(oracle: Oracle, dataset: Dataset, split: Split = "test") -> dict[str, Figures]:
-    """Figures of the oracle under the protocols "metrics" and "next"; it ranks each whole history by true chance.
+    """Figures of the oracle under PROTOCOLS; it ranks each whole history by true chance.
 
     It does not know when the next event will be, as no model does.
     """
     sequences, catalogue = dataset.sequences(), dataset.catalogue()
-    settings = ReplaySettings(split, len(catalogue), dataset.clock, max_len=1, protocols=PROTOCOLS)
+    settings = ReplaySettings(
+        split, len(catalogue), dataset.clock, max_len=1, protocols=PROTOCOLS, cold=cold_items(catalogue)
+    )
     visitors = Visitors.of(sequences)
     places = target_places(sequences, visitors, settings)
     row_Q = np.flatnonzero(places["next"] >= 0)
@@ -46,4 +49,6 @@ def oracle_figures(oracle: Oracle, dataset: Dataset, split: Split = "test") -> d
         new_B = places["metrics"][row_B] >= 0
         ranks["next"].append(question.rank(scores_BN).rank_B)
         ranks["metrics"].append(question.rank_unseen(scores_BN).rank_B[new_B])
+        cold_B = places["cold"][row_B] >= 0
+        ranks["cold"].append(question.rank_cold(scores_BN, settings.cold).rank_B[cold_B])
     return {protocol: rank_figures(np.concatenate(parts)) for protocol, parts in ranks.items()}

@@ -8,7 +8,7 @@ same in any shard and any batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -24,10 +24,11 @@ from rayrec.schema import ACTIONS, TARGET_ACTIONS
 
 Split: TypeAlias = Literal["test", "valid"]
 
-PROTOCOLS = ("metrics", "next", *TARGET_ACTIONS, "pointwise")
+PROTOCOLS = ("metrics", "next", *TARGET_ACTIONS, "cold", "pointwise")
 """metrics: the next item, if it is new to the user, among new ones. next: the next item, among all. cart, purchase:
-the next event of that action, given all before it, among all. pointwise: the next item against NEGATIVES sampled
-ones."""
+the next event of that action, given all before it, among all. cold: as metrics, of users whose next item has no
+training event, among such items (as Volkovs et al. 2017 and Zhu et al. 2020 judge cold start). pointwise: the next
+item against NEGATIVES sampled ones."""
 
 NEGATIVES = 100
 
@@ -50,7 +51,8 @@ class ReplaySettings:
     """What is asked and how.
 
     max_len: newest events of history that a ranker reads. batch: users a call. hash_limit: ask only users whose
-    `user_hash` is at most this (a sample that does not depend on shards).
+    `user_hash` is at most this (a sample that does not depend on shards). cold: the items without a training event,
+    ascending.
     """
 
     split: Split
@@ -61,6 +63,7 @@ class ReplaySettings:
     protocols: tuple[str, ...] = PROTOCOLS
     seed: int = 0
     hash_limit: int = 2**64
+    cold: tuple[int, ...] = ()
 
 
 def replay(rankers: Mapping[str, Ranker], sequences: pa.Table, settings: ReplaySettings) -> pa.Table:
@@ -128,7 +131,12 @@ def target_places(sequences: pa.Table, visitors: Visitors, settings: ReplaySetti
         if len(target) and not 1 <= target.min() <= target.max() <= settings.n_items:
             raise ValueError(f"targets go from {target.min()} to {target.max()}, items from 1 to {settings.n_items}")
     next_U = place_of["next"]
-    place_of |= {"metrics": np.where(_is_new(visitors, next_U), next_U, -1), "pointwise": next_U}
+    new_U = np.where(_is_new(visitors, next_U), next_U, -1)
+    cold_U = np.full(len(new_U), -1)
+    row = np.flatnonzero(new_U >= 0)
+    cold = row[np.isin(visitors.at(row, new_U[row]), settings.cold)]
+    cold_U[cold] = new_U[cold]
+    place_of |= {"metrics": new_U, "cold": cold_U, "pointwise": next_U}
     return {protocol: place_of[protocol] for protocol in settings.protocols}
 
 
@@ -211,6 +219,9 @@ def _answer_batch(
             continue
         if scores_BN is None:
             scores_BN = _all_scores(ranker, question.history, head, settings)
+        if protocol == "cold":
+            yield question.answers(name, protocol, chosen_B, ranked=question.rank_cold(scores_BN, settings.cold))
+            continue
         masked = protocol == "metrics"
         if masked not in ranked:
             ranked[masked] = question.rank_unseen(scores_BN) if masked else question.rank(scores_BN)
@@ -291,6 +302,16 @@ class Question:
         masked_BN = scores_BN.copy()
         masked_BN[self.row_S, self.item_S] = -np.inf
         return Ranked(ranks_unseen(scores_BN, self.target_B, self.row_S, self.item_S), top(masked_BN, SHOWN))
+
+    def rank_cold(self, scores_BN: Scores, cold: Sequence[int]) -> Ranked:
+        """Among the items of `cold` that are not in the history; a target that is not one of them has no rank (0)."""
+        item_N = np.array([0, *cold], np.int64)
+        masked_BN = scores_BN.copy()
+        masked_BN[self.row_S, self.item_S] = -np.inf
+        score_BN = masked_BN[:, item_N]
+        is_cold_B = np.isin(self.target_B, item_N)
+        place_B = np.where(is_cold_B, np.searchsorted(item_N, self.target_B), 0)
+        return Ranked(ranks(score_BN, place_B) * is_cold_B, item_N[top(score_BN, SHOWN)])
 
     def answers(
         self,

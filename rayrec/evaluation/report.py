@@ -41,6 +41,7 @@ PROTOCOL_TEXT = {
     "next": ("The next item", "whatever it is, among all items; nothing is masked"),
     "cart": ("The next item put into the cart", "given all events before it, among all items; nothing is masked"),
     "purchase": ("The next purchase", "given all events before it, among all items; nothing is masked"),
+    "cold": ("The next new item, where it has no training event", "among such items; seen ones are masked"),
 }
 SLICE_TEXT = {
     "new_items": "right item has no training event",

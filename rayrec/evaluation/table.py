@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-COLUMNS = {"metrics": "new item", "next": "any item", "cart": "cart", "purchase": "purchase"}
+COLUMNS = {"metrics": "new item", "next": "any item", "cart": "cart", "purchase": "purchase", "cold": "cold item"}
 
 
 def table_lines(result: dict[str, Any], oracle: dict[str, Any] | None = None) -> list[str]:

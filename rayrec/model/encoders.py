@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayrec.catalogue import Catalogue, Ragged
-from rayrec.config import ModelConfig
+from rayrec.config import SCRATCH, ModelConfig
+from rayrec.model.backbone import HEAD, above, layers
 from rayrec.schema import TITLE_BUCKETS
 
 MAX_CODES = 16
@@ -33,8 +34,9 @@ class ItemTable(nn.Module):
     price_z_N              [N + 1] float32   price as it is, z-scored; 0 where unknown
     log_popularity_N       [N + 1] float32   log(1 + training events), z-scored
     warm_N                 [N + 1] bool      has training events: only then does the id say anything
-    image_row_N            [N + 1] int64     row in pixels_MCSS, -1 without a picture
-    pixels_MCSS            [M, 3, S, S] uint8
+    image_row_N            [N + 1] int64     row in picture_MX, -1 without a picture
+    picture_MX             [M, ...]          what the picture encoder reads: pixels [M, 3, S, S] uint8, or what the
+                                             frozen layers of a pretrained network made of them
     """
 
     category_NK: Tensor
@@ -49,10 +51,15 @@ class ItemTable(nn.Module):
     log_popularity_N: Tensor
     warm_N: Tensor
     image_row_N: Tensor
-    pixels_MCSS: Tensor
+    picture_MX: Tensor
 
     def __init__(
-        self, catalogue: Catalogue, image_item_M: np.ndarray, pixels_MHWC: np.ndarray, image_size: int
+        self,
+        catalogue: Catalogue,
+        image_item_M: np.ndarray,
+        pixels_MHWC: np.ndarray,
+        image_size: int,
+        picture_MX: Tensor | None = None,
     ) -> None:
         super().__init__()
         popularity = np.log1p(catalogue.n_train.astype(np.float64))
@@ -73,9 +80,16 @@ class ItemTable(nn.Module):
             "log_popularity_N": torch.from_numpy(_zscore(popularity)),
             "warm_N": torch.from_numpy(catalogue.n_train > 0),
             "image_row_N": torch.from_numpy(image_row_N),
-            "pixels_MCSS": shrink(pixels_MHWC, image_size),
+            "picture_MX": shrink(pixels_MHWC, image_size) if picture_MX is None else picture_MX,
         }.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def without_attributes(self) -> ItemTable:
+        """The same table, which knows categories, brands, prices and titles no more."""
+        codes = ("category_NK", "category_rarity_NK", "title_NK", "title_rarity_NK", "brand_N", "brand_rarity_NK")
+        for name in (*codes, "price_N", "price_scaled_N", "price_z_N"):
+            setattr(self, name, torch.zeros_like(getattr(self, name)))  # the old ones are the catalogue's own memory
+        return self
 
 
 def _zscore(values_N: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -128,6 +142,12 @@ def as_float(pixels_MCSS: Tensor) -> Tensor:
     return pixels_MCSS.float().mul_(2 / 255).sub_(1)
 
 
+DIRECTIONS, MEASURED = 64, 4096
+"""Directions of a pretrained network's features that are read, and of how many pictures at most they are found."""
+LEAST_DEVIATION = 0.01
+"""Of a direction over all pictures: one that hardly varies is left small, and one that never does is 0."""
+
+
 class ImageCNN(nn.Module):
     """Convolutions of stride 2 with batch-independent normalisation, averaged over the picture.
 
@@ -149,6 +169,57 @@ class ImageCNN(nn.Module):
         return self.project(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1))
 
 
+class PretrainedCNN(nn.Module):
+    """The upper layers of a pretrained network, and a projection of what tells its features of the pictures apart.
+
+    That is their first DIRECTIONS principal components, each scaled to deviation 1: a shop has too few pictures to
+    learn a projection of all HEAD features. Centre and directions are those of the features at the start, and are saved
+    with the weights: a vector does not depend on what else is in the batch.
+    """
+
+    centre_F: Tensor
+    whiten_FW: Tensor
+
+    def __init__(self, train: str, width: int) -> None:
+        super().__init__()
+        self.learns = train
+        self.upper = above(train, layers())
+        self.project = nn.Linear(DIRECTIONS, width)
+        self.register_buffer("centre_F", torch.zeros(HEAD))
+        self.register_buffer("whiten_FW", torch.zeros(HEAD, DIRECTIONS))
+
+    @torch.no_grad()
+    def begin(self, whole: nn.Sequential, picture_MX: Tensor, batch: int = 256) -> None:
+        """Take the weights of the upper layers, and find centre and directions."""
+        self.upper.load_state_dict(above(self.learns, whole).state_dict())
+        if not len(picture_MX):
+            return
+        some_MX = picture_MX[:: -(-len(picture_MX) // MEASURED)]
+        feature_MF = torch.cat([self.features(part) for part in some_MX.split(batch)])
+        self.centre_F.copy_(feature_MF.mean(0))
+        n = min(DIRECTIONS, len(feature_MF))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, length_W, direction_FW = torch.svd_lowrank(feature_MF - self.centre_F, q=n, niter=4)
+        deviation_W = (length_W / len(feature_MF) ** 0.5).clamp(min=LEAST_DEVIATION)
+        self.whiten_FW[:, :n] = direction_FW / deviation_W
+
+    def features(self, picture_MX: Tensor) -> Tensor:
+        """[M, ...] -> [M, F] float32."""
+        return self.upper(picture_MX if picture_MX.dtype == torch.uint8 else picture_MX.float())
+
+    def forward(self, picture_MX: Tensor) -> Tensor:
+        """[M, ...], see `ItemTable` -> [M, D] float32."""
+        return self.project((self.features(picture_MX) - self.centre_F) @ self.whiten_FW)
+
+
+def picture_encoder(config: ModelConfig) -> ImageCNN | PretrainedCNN:
+    """The picture encoder that `config` asks for, its weights random."""
+    if config.image_backbone == SCRATCH:
+        return ImageCNN(config.cnn_channels, config.width)
+    return PretrainedCNN(config.image_train, config.width)
+
+
 class ItemEncoder(nn.Module):
     """An item's vector: id + picture + categories + brand + price bucket + title words, summed.
 
@@ -161,7 +232,8 @@ class ItemEncoder(nn.Module):
         width = config.width
         self.config = config
         self.id = nn.Embedding(n_items + 1, width, padding_idx=0) if config.use_id else None
-        self.cnn = ImageCNN(config.cnn_channels, width) if config.use_image else None
+        self.cnn = picture_encoder(config) if config.use_image else None
+        self.frozen_features = isinstance(self.cnn, PretrainedCNN) and not len(self.cnn.upper)
         if config.use_attributes:
             self.category = nn.EmbeddingBag(max(2, n_categories), width, padding_idx=0, mode="mean")
             self.title = nn.EmbeddingBag(TITLE_BUCKETS, width, padding_idx=0, mode="mean")
@@ -181,7 +253,7 @@ class ItemEncoder(nn.Module):
         """Picture vectors, with gradient, of items that have a picture. [M] int64 -> [M, D]."""
         assert self.cnn is not None
         # float: mixed precision computes in bf16, the table is float32.
-        return self.cnn(items.pixels_MCSS[items.image_row_N[item_M]]).float() * PICTURE_GAIN
+        return self.cnn(items.picture_MX[items.image_row_N[item_M]]).float() * PICTURE_GAIN
 
     @torch.no_grad()
     def refresh_images(self, items: ItemTable, some: int = 0, batch: int = 512) -> None:

@@ -92,7 +92,7 @@ class PaperModel(nn.Module):
         black = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device=row_R.device)
         pixels = torch.where(
             (row_R >= 0)[:, None, None, None],
-            self.items.pixels_MCSS[row_R.clamp(min=0)] if len(self.items.pixels_MCSS) else black,
+            self.items.picture_MX[row_R.clamp(min=0)] if len(self.items.picture_MX) else black,
             black,
         )
         return self.image(as_float(pixels)) @ self.out.weight[0, :1024]
@@ -124,6 +124,10 @@ class PaperModel(nn.Module):
 
     def refresh(self) -> None:
         """Nothing is cached between steps."""
+
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        """None."""
+        return []
 
     @torch.no_grad()
     def encode_items(self) -> Tensor:

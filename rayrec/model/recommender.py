@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rayrec.catalogue import Catalogue
-from rayrec.config import Config
+from rayrec.config import SCRATCH, Config
+from rayrec.model.backbone import below, encode, pretrained, reading_size
 from rayrec.model.behaviour import Behaviour, HistoryTensors, last_BD
-from rayrec.model.encoders import ItemEncoder, ItemTable
+from rayrec.model.encoders import ItemEncoder, ItemTable, PretrainedCNN, shrink
 from rayrec.model.fusion import Fusion, teaches
 from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
@@ -121,7 +123,10 @@ class Recommender(nn.Module):
         encoder, budget = self.item_encoder, self.config.train.image_budget
         if encoder.cnn is None or not budget:
             return None, None
-        encoder.refresh_images(self.items, some=self.config.train.image_refresh)
+        if encoder.frozen_features:  # a projection is cheap: all that the step scores has a gradient
+            budget = 2 * len(self.items.image_row_N)
+        else:
+            encoder.refresh_images(self.items, some=self.config.train.image_refresh)
         used_M, used_share = self._some_with_picture(used_P, -(-budget // 2))
         other_M, other_share = self._some_with_picture(other_M, budget // 2)
         fresh_M, place = torch.cat([used_M, other_M]).unique(return_inverse=True)
@@ -186,6 +191,11 @@ class Recommender(nn.Module):
         calibration_H2 = self.fusion.calibration_H2
         return torch.sigmoid(logit_BCH * calibration_H2[:, 0] + calibration_H2[:, 1])
 
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        """Those that start from another task's weights and change slowly."""
+        cnn = self.item_encoder.cnn
+        return list(cnn.upper.parameters()) if isinstance(cnn, PretrainedCNN) else []
+
     def stage_parameters(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage trains: the fusion's own, or all others."""
         fusion = list(self.fusion.parameters())
@@ -198,17 +208,28 @@ def build(
     image_item_M: np.ndarray | None = None,
     pixels_MHWC: np.ndarray | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
+    keep: Path | None = None,
 ) -> Recommender | PaperModel:
     """The model that `config` describes, for the items of `catalogue`; with `weights`, a trained one.
 
-    Without images (in serving) the picture encoder is there and encodes nothing.
+    Without images (in serving) the picture encoder is there and encodes nothing; of a pretrained one nothing else is
+    needed then. device: where its frozen layers work. keep: a folder for what they make of the pictures.
     """
-    size = config.model.image_size
+    size, whole, picture_MX = config.model.image_size, None, None
     if image_item_M is None or pixels_MHWC is None:
         image_item_M, pixels_MHWC = np.empty(0, np.int64), np.empty((0, size, size, 3), np.uint8)
-    items = ItemTable(catalogue, image_item_M, pixels_MHWC, size)
+    elif config.model.use_image and config.model.image_backbone != SCRATCH:
+        whole = pretrained(config.model.image_backbone)
+        size = reading_size(pixels_MHWC.shape[1])
+        picture_MX = encode(shrink(pixels_MHWC, size), below(config.model.image_train, whole), device, keep)
+    items = ItemTable(catalogue, image_item_M, pixels_MHWC, size, picture_MX)
+    if not config.model.use_attributes:
+        items = items.without_attributes()
     kind = PaperModel if config.model.kind == "paper" else Recommender
     model = kind(config, items, torch.from_numpy(catalogue.n_train))
+    if isinstance(model, Recommender) and isinstance(model.item_encoder.cnn, PretrainedCNN) and whole is not None:
+        model.item_encoder.cnn.begin(whole.cpu(), model.items.picture_MX)
     if weights is not None:
         model.load_state_dict(dict(weights))
     return model

@@ -41,7 +41,8 @@ class Job:
     """What every worker of a training is told.
 
     followers: counts of the first stage. rows: rows of each stage in the whole dataset.
-    start_from: a bundle whose weights to start from.
+    start_from: a bundle whose weights to start from. keep: a folder for what is computed of pictures, for other
+    trainings on the same ones.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Job:
     followers: Followers
     rows: dict[str, int]
     start_from: str | None = None
+    keep: Path | None = None
 
 
 class Feed(Protocol):
@@ -93,8 +95,9 @@ class Fit:
         self.dataset = Dataset.open(self.job.dataset)
         self.catalogue: Catalogue = self.dataset.catalogue()
         images = self.dataset.images() if config.model.use_image else None
+        item_M, pixels_MHWC = (images.item_M, images.pixels_MHWC) if images else (None, None)
         self.model = build(
-            config, self.catalogue, images.item_M if images else None, images.pixels_MHWC if images else None
+            config, self.catalogue, item_M, pixels_MHWC, device=self.peers.device, keep=self.job.keep
         ).to(self.peers.device)
         if self.job.start_from and self.resume is None:
             vocab = {name: self.dataset.vocab(name) for name in ("categories", "brands")}
@@ -139,7 +142,10 @@ class Fit:
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         steps = self._steps(stage)
-        learner = Learner(self.peers.wrap(self.model), parameters, train, epochs * steps, self.peers.device)
+        learner = Learner(
+            self.peers.wrap(self.model), parameters, train, epochs * steps, self.peers.device,
+            slow=self.model.pretrained_parameters(),
+        )  # fmt: skip
         stopper, first = EarlyStop(train.patience), 0
         best = {name: value.clone() for name, value in self.model.state_dict().items()}
         if saved and saved["stage"] == stage:

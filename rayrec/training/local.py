@@ -80,12 +80,13 @@ def train_alone(
     folder: Path,
     *,
     resume: Path | None = None,
+    keep: Path | None = None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> Fit:
-    """Train in this process; `folder` ends with model.safetensors, vectors.npy and state.json."""
+    """Train in this process; `folder` ends with model.safetensors, vectors.npy and state.json. keep: see `fit.Job`."""
     facts = survey(dataset, len(dataset.catalogue()), config)
     fit = Fit(
-        Job(config, dataset.path, facts.first_stage, facts.rows),
+        Job(config, dataset.path, facts.first_stage, facts.rows, keep=keep),
         LocalFeed(dataset, config),
         Alone(folder, on_epoch),
         resume,

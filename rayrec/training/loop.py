@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,26 +35,36 @@ class EpochStats:
 
 @dataclass
 class Learner:
-    """Weights, optimiser and schedule of one stage, and the state that a checkpoint needs."""
+    """Weights, optimiser and schedule of one stage, and the state that a checkpoint needs.
+
+    slow: those of `parameters` that learn at `image_lr` times the rate.
+    """
 
     module: nn.Module
     parameters: list[nn.Parameter]
     config: TrainConfig
     total_steps: int
     device: torch.device
+    slow: Sequence[nn.Parameter] = ()
     step: int = 0
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
         # fused: one pass over the parameters instead of many.
+        slow = {id(parameter) for parameter in self.slow}
+        groups = [
+            {"params": [p for p in self.parameters if (id(p) in slow) == is_slow], "share": share}
+            for is_slow, share in ((False, 1.0), (True, self.config.image_lr))
+        ]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
-        )
+            [group for group in groups if group["params"]],
+            lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True,
+        )  # fmt: skip
 
     def train_step(self, batch: Any) -> float:
         """One step on one batch; its loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * self._rate()
+            group["lr"] = self.config.lr * self._rate() * group["share"]
         self.optimizer.zero_grad(set_to_none=True)
         with self._precision():
             loss: Tensor = self.module(batch)

@@ -21,10 +21,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayrec.bundle import Bundle
 from rayrec.cluster import connect
-from rayrec.config import Config
+from rayrec.config import SCRATCH, Config
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError, RayrecError, ResourceError, UsageError, writing
 from rayrec.files import absolute, filesystem
+from rayrec.model.backbone import PACKAGED, pretrained
 from rayrec.model.paper import IMAGE_SIZE
 from rayrec.progress import Task, step
 from rayrec.training.fit import Job
@@ -65,6 +66,7 @@ def train(
     """
     dataset = Dataset.open(dataset_path)
     catalogue = dataset.catalogue()
+    config = _with_absolute_backbone(config)
     _check_images(dataset, config)
     runs = Runs(bundles)
     unfinished = runs.unfinished(config) if resume else None
@@ -149,7 +151,19 @@ def worker_resources(config: Config, wait_s: float) -> dict[str, float]:
     )
 
 
+def _with_absolute_backbone(config: Config) -> Config:
+    """A worker runs in another folder: a file's path must mean the same there."""
+    source = config.model.image_backbone
+    if not config.model.use_image or source in (SCRATCH, PACKAGED):
+        return config
+    model = config.model.model_copy(update={"image_backbone": absolute(source)})
+    return config.model_copy(update={"model": model})
+
+
 def _check_images(dataset: Dataset, config: Config) -> None:
+    if config.model.use_image and config.model.image_backbone != SCRATCH:
+        pretrained(config.model.image_backbone)  # what is wrong with the weights is told here, not in a worker
+        return
     size = int(dataset.manifest["config"]["images"]["size"])
     if config.model.kind == "paper" and config.model.image_size != IMAGE_SIZE:
         raise UsageError(f"the paper's model reads {IMAGE_SIZE}x{IMAGE_SIZE} images; leave model.image_size alone")

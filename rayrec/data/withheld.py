@@ -1,0 +1,92 @@
+"""A dataset with cold items on purpose: a share of the items is taken out of all that is learned from.
+
+In: a dataset, a share, a seed. Out: another dataset folder. It must not know who is trained on it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.training_events import TrainingEvents, flat
+from rayrec.errors import DataError
+from rayrec.files import filesystem
+from rayrec.history import Ints
+from rayrec.schema import ITEM_SCHEMA, SEQUENCE_SCHEMA
+
+PLACES = ("valid_at", "test_at", "purchase_valid_at", "purchase_test_at")
+
+
+def withhold(dataset: Dataset, folder: Path, share: float, seed: int) -> Dataset:
+    """Write `folder`: the dataset in which a seeded `share` of the items with training events has none any more.
+
+    Their events among a visitor's first `n_train` are gone, also from histories; later ones stay, as what is to be
+    foreseen or was just met. A target that loses its whole history is none any more. The manifest names the items.
+    Raises DataError if the share is of no item.
+    """
+    catalogue, sequences = dataset.catalogue(), dataset.sequences()
+    known = np.flatnonzero(catalogue.n_train > 0)
+    cold = np.sort(np.random.default_rng(seed).permutation(known)[: round(share * len(known))])
+    if not len(cold):
+        raise DataError(f"{dataset.path}: {share:.0%} of {len(known)} items with training events is no item")
+    left = without_training_events(sequences, cold)
+    count_N = np.bincount(TrainingEvents.of(left).item_E, minlength=len(catalogue) + 1)
+    items = catalogue.table.set_column(
+        ITEM_SCHEMA.get_field_index("n_train"), ITEM_SCHEMA.field("n_train"), pa.array(count_N[1:], pa.int64())
+    )
+    fs, root = filesystem(dataset.path)
+    for name in ("images", "vocab"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        if dataset.has(name):
+            pafs.copy_files(
+                f"{root}/{name}",
+                str(folder / name),
+                source_filesystem=fs,
+                destination_filesystem=pafs.LocalFileSystem(),
+            )
+    for name, table in {"sequences": left, "items": items}.items():
+        (folder / name).mkdir(exist_ok=True)
+        pq.write_table(table, folder / name / "0.parquet")
+    named = {"share": share, "seed": seed, "from": dataset.path, "items": catalogue.ids[cold].tolist()}
+    (folder / "manifest.json").write_text(json.dumps({**dataset.manifest, "withheld": named}))  # last: now it exists
+    return Dataset.open(str(folder))
+
+
+def without_training_events(sequences: pa.Table, cold: Ints) -> pa.Table:
+    """The sequences (SEQUENCE_SCHEMA) without the events of the items `cold` among each row's first `n_train`."""
+    item_A, offsets = flat(sequences, "item")
+    length_U = np.diff(offsets)
+    place_A = np.arange(len(item_A)) - np.repeat(offsets[:-1], length_U)
+    n_train_U = np.asarray(sequences["n_train"], np.int64)
+    gone_A = np.isin(item_A, cold) & (place_A < np.repeat(n_train_U, length_U))
+    gone_before = np.concatenate([[0], np.cumsum(gone_A)])
+
+    def moved(place_U: Ints) -> Ints:
+        """Where the event at each place is now."""
+        return place_U - (gone_before[offsets[:-1] + place_U] - gone_before[offsets[:-1]])
+
+    new_offsets = offsets - gone_before[offsets]
+    columns = {name: _kept(sequences, name, ~gone_A, new_offsets) for name in ("item", "action", "time_ms")}
+    columns |= {"user_id": sequences["user_id"].combine_chunks(), "n_train": pa.array(moved(n_train_U), pa.int32())}
+    for name in PLACES:
+        place_U = np.asarray(sequences[name], np.int64)
+        new_U = moved(np.maximum(place_U, 0))
+        lost_U = (place_U < 0) | (new_U == 0)
+        event_U = np.minimum(offsets[:-1] + np.maximum(place_U, 0), max(len(item_A) - 1, 0))
+        if len(item_A):
+            lost_U |= gone_A[event_U]
+        columns[name] = pa.array(np.where(lost_U, -1, new_U), pa.int32())
+    table = pa.table([columns[name] for name in SEQUENCE_SCHEMA.names], schema=SEQUENCE_SCHEMA)
+    return table.filter(pa.array(np.diff(new_offsets) > 0))
+
+
+def _kept(sequences: pa.Table, name: str, kept_A: npt.NDArray[np.bool_], offsets: Ints) -> pa.ListArray:
+    values = sequences[name].combine_chunks().flatten().filter(pa.array(kept_A))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
