@@ -9,13 +9,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data
 import ray.train
@@ -34,7 +33,7 @@ from rayrec.training.publish import write_bundle
 from rayrec.training.runs import Runs
 from rayrec.training.survey import survey
 from rayrec.training.tracking import open_trackers
-from rayrec.training.windows import examples, next_item_windows, only_read
+from rayrec.training.windows import stage_rows
 from rayrec.training.workers import Board, train_worker
 
 MIN_CPU_A_WORKER = 0.25
@@ -112,19 +111,13 @@ def _tables(dataset: Dataset, config: Config) -> dict[str, Any]:
     """The rows of each stage, made from sequence shards as they are asked for."""
     fs, root = filesystem(dataset.path)
     sequences = ray.data.read_parquet(f"{root}/sequences", filesystem=fs)
-    length, share, actions = config.model.max_len, config.train.fusion_holdout, config.model.actions
 
-    def rows(make: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
-        return sequences.map_batches(
-            lambda table: make(only_read(table, actions)), batch_format="pyarrow", batch_size=None
-        )
+    def rows(stage: str) -> ray.data.Dataset:
+        make = partial(stage_rows, stage=stage, config=config)
+        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None)
 
-    if config.model.kind == "paper":
-        return {"pairs": rows(partial(examples, max_len=length))}
-    return {
-        "retrieval": rows(partial(next_item_windows, max_len=length, fusion_share=share)),
-        "fusion": rows(partial(examples, max_len=length, fusion_share=share)),
-    }
+    stages = ("pairs",) if config.model.kind == "paper" else ("retrieval", "fusion")
+    return {stage: rows(stage) for stage in stages}
 
 
 def worker_resources(config: Config, wait_s: float) -> dict[str, float]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rayrec.config import Config
 from rayrec.data.training_events import flat as laid_flat
 from rayrec.data.training_events import training_mask
 from rayrec.history import Ints, is_read
@@ -48,6 +49,14 @@ def only_read(sequences: pa.Table, actions: Sequence[str]) -> pa.Table:
             new_U = np.where(real_U, new_U, -1)
         columns[name] = pa.array(new_U, kind)
     return pa.table(columns, schema=SEQUENCE_SCHEMA)
+
+
+def stage_rows(sequences: pa.Table, stage: str, config: Config) -> pa.Table:
+    """The rows that teach a stage, "retrieval", "fusion" or "pairs", from what the model reads."""
+    read, max_len, share = only_read(sequences, config.model.actions), config.model.max_len, config.train.fusion_holdout
+    if stage == "retrieval":
+        return next_item_windows(read, max_len, share)
+    return examples(read, max_len, share if stage == "fusion" else None)
 
 
 class Flat:
