@@ -170,7 +170,7 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write the report here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge a bundle by full ranking in three protocols, with the floors beside it."""
+    """Judge a bundle by full ranking in four protocols, with the floors beside it."""
     from rayrec.cluster import disconnect, require_absolute
     from rayrec.evaluation.table import table_lines
     from rayrec.serving.judging import judge

@@ -262,7 +262,7 @@ def test_recommend_for_people_prints_a_list(rayrec: Command, tiny_bundles: Path,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--user", "u", "--scene", "nowhere"], "unknown scene 'nowhere'; there are: home, item"),
+        (["--user", "u", "--scene", "nowhere"], "unknown scene 'nowhere'; there are: cart, home, item"),
         (["--user", "u", "--scene", "item", "--item", "nothing"], "no item 'nothing'"),
         (["--user", ""], "user"),
         (["--user", "a\nb"], "user"),

@@ -20,8 +20,9 @@ from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.history import HistoryBatch, encode_history
 from rayrec.model.scorer import Scorer
 from rayrec.schema import ACTION_CODE, ACTIONS, SEQUENCE_SCHEMA
-from rayrec.training.local import train_alone
+from rayrec.training.local import LocalFeed, train_alone
 from rayrec.training.survey import survey
+from rayrec.training.windows import only_read
 
 VIEW, CART = ACTION_CODE["view"], ACTION_CODE["cart"]
 LAST_SEEN = np.array([item for item in range(1, tinyshop.N_ITEMS + 1) if item not in tinyshop.COLD])
@@ -116,6 +117,23 @@ def test_a_head_whose_action_never_occurs_answers_as_next(scorer: Scorer, looks:
     for head in ("favorite", "purchase"):
         np.testing.assert_array_equal(scorer.score(looks, candidate_BC, head), expected_BC)
     assert not np.allclose(scorer.score(looks, candidate_BC, "cart"), expected_BC, atol=0.01)
+
+
+def test_what_is_not_read_teaches_nothing(dataset: Dataset, tmp_path: Path) -> None:
+    """Counts and rows are those of a shop that never logged it."""
+    config = with_settings(CONFIG, ["model.actions=[cart]"])
+    bare = tinyshop.write(tmp_path / "dataset", sequences=only_read(dataset.sequences(), ["cart"]))
+    found, expected = (survey(one, tinyshop.N_ITEMS, config) for one in (dataset, bare))
+    assert found.rows == expected.rows
+    assert 0 < found.rows["fusion"] < survey(dataset, tinyshop.N_ITEMS, CONFIG).rows["fusion"]
+    for counts in ("first_stage", "everything"):
+        for kind in ("next", "near"):
+            matrix, same = (getattr(getattr(one, counts), kind).toarray() for one in (found, expected))
+            np.testing.assert_array_equal(matrix, same)
+    for stage in ("retrieval", "fusion"):
+        parts = (LocalFeed(one, config).chunks(stage, np.random.default_rng(0)) for one in (dataset, bare))
+        rows, same_rows = (pa.concat_tables(part).to_pylist() for part in parts)
+        assert rows == same_rows
 
 
 def judged(scorer: Scorer, dataset: Dataset) -> dict[str, Any]:

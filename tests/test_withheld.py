@@ -11,7 +11,7 @@ from evaluation_shop import PURCHASE, sequence_table
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.training_events import TrainingEvents
-from rayrec.data.withheld import PLACES, withhold, without_training_events
+from rayrec.data.withheld import TARGETS, withhold, without_training_events
 from rayrec.errors import DataError
 
 
@@ -65,16 +65,16 @@ def test_the_derived_dataset(shop: Dataset, tmp_path: Path) -> None:
     assert np.array_equal(derived.images().pixels_MHWC, shop.images().pixels_MHWC)
     assert derived.vocab("brands") == shop.vocab("brands")
     targets = {
-        (row["user_id"], row["item"][row[place]]) for row in shop.sequences().to_pylist() for place in PLACES[:2]
+        (row["user_id"], row["item"][row[place]]) for row in shop.sequences().to_pylist() for place in TARGETS[:2]
     }
     for row in derived.sequences().to_pylist():
         assert not set(row["item"][: row["n_train"]]) & set(cold)
-        for place in PLACES[:2]:
+        for place in TARGETS[:2]:
             assert row[place] < 0 or (row["user_id"], row["item"][row[place]]) in targets
 
 
 def _purchase_targets(dataset: Dataset) -> int:
-    return sum(int((np.asarray(dataset.sequences()[name]) >= 0).sum()) for name in PLACES[2:])
+    return sum(int((np.asarray(dataset.sequences()[name]) >= 0).sum()) for name in TARGETS[2:])
 
 
 def test_the_choice_is_seeded(shop: Dataset, tmp_path: Path) -> None:

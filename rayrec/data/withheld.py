@@ -9,19 +9,20 @@ import json
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.kept_events import keep_events
 from rayrec.data.training_events import TrainingEvents, flat
 from rayrec.errors import DataError
 from rayrec.files import filesystem
 from rayrec.history import Ints
 from rayrec.schema import ITEM_SCHEMA, SEQUENCE_SCHEMA
 
-PLACES = ("valid_at", "test_at", "purchase_valid_at", "purchase_test_at")
+TARGETS = tuple(name for name in SEQUENCE_SCHEMA.names if name.endswith("_at"))
 
 
 def withhold(dataset: Dataset, folder: Path, share: float, seed: int) -> Dataset:
@@ -60,33 +61,17 @@ def withhold(dataset: Dataset, folder: Path, share: float, seed: int) -> Dataset
 
 
 def without_training_events(sequences: pa.Table, cold: Ints) -> pa.Table:
-    """The sequences (SEQUENCE_SCHEMA) without the events of the items `cold` among each row's first `n_train`."""
+    """The sequences (SEQUENCE_SCHEMA) without the events of the items `cold` among each row's first `n_train`.
+
+    A target that has no history left is none, and a row without events is gone.
+    """
     item_A, offsets = flat(sequences, "item")
     length_U = np.diff(offsets)
     place_A = np.arange(len(item_A)) - np.repeat(offsets[:-1], length_U)
-    n_train_U = np.asarray(sequences["n_train"], np.int64)
-    gone_A = np.isin(item_A, cold) & (place_A < np.repeat(n_train_U, length_U))
-    gone_before = np.concatenate([[0], np.cumsum(gone_A)])
-
-    def moved(place_U: Ints) -> Ints:
-        """Where the event at each place is now."""
-        return place_U - (gone_before[offsets[:-1] + place_U] - gone_before[offsets[:-1]])
-
-    new_offsets = offsets - gone_before[offsets]
-    columns = {name: _kept(sequences, name, ~gone_A, new_offsets) for name in ("item", "action", "time_ms")}
-    columns |= {"user_id": sequences["user_id"].combine_chunks(), "n_train": pa.array(moved(n_train_U), pa.int32())}
-    for name in PLACES:
-        place_U = np.asarray(sequences[name], np.int64)
-        new_U = moved(np.maximum(place_U, 0))
-        lost_U = (place_U < 0) | (new_U == 0)
-        event_U = np.minimum(offsets[:-1] + np.maximum(place_U, 0), max(len(item_A) - 1, 0))
-        if len(item_A):
-            lost_U |= gone_A[event_U]
-        columns[name] = pa.array(np.where(lost_U, -1, new_U), pa.int32())
-    table = pa.table([columns[name] for name in SEQUENCE_SCHEMA.names], schema=SEQUENCE_SCHEMA)
-    return table.filter(pa.array(np.diff(new_offsets) > 0))
-
-
-def _kept(sequences: pa.Table, name: str, kept_A: npt.NDArray[np.bool_], offsets: Ints) -> pa.ListArray:
-    values = sequences[name].combine_chunks().flatten().filter(pa.array(kept_A))
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    n_train_A = np.repeat(np.asarray(sequences["n_train"], np.int64), length_U)
+    left = keep_events(sequences, ~(np.isin(item_A, cold) & (place_A < n_train_A)))
+    for name in TARGETS:
+        place_U = np.asarray(left[name], np.int64)
+        at = SEQUENCE_SCHEMA.get_field_index(name)
+        left = left.set_column(at, SEQUENCE_SCHEMA.field(at), pa.array(np.where(place_U > 0, place_U, -1), pa.int32()))
+    return left.filter(pc.greater(pc.list_value_length(left["item"]), 0))

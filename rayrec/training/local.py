@@ -20,7 +20,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.training.batches import ROWS_A_CHUNK
 from rayrec.training.fit import Fit, Job
 from rayrec.training.survey import survey
-from rayrec.training.windows import only_read, stage_rows
+from rayrec.training.windows import stage_rows
 
 
 @dataclass
@@ -34,16 +34,11 @@ class LocalFeed:
     def chunks(self, table: str, rng: np.random.Generator) -> Iterator[pa.Table]:
         """See `fit.Feed`."""
         if table not in self.kept:
-            self.kept[table] = self._make(table).combine_chunks()
+            self.kept[table] = stage_rows(self.dataset.sequences(), table, self.config).combine_chunks()
         rows = self.kept[table]
         order = rng.permutation(len(rows))
         for start in range(0, len(rows), ROWS_A_CHUNK):
             yield rows.take(pa.array(order[start : start + ROWS_A_CHUNK]))
-
-    def _make(self, table: str) -> pa.Table:
-        model = self.config.model
-        sequences, length = only_read(self.dataset.sequences(), model.actions), model.max_len
-        return stage_rows(sequences, table, length, self.config.train.fusion_holdout)
 
 
 @dataclass

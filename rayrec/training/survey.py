@@ -44,6 +44,8 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
     paper = config.model.kind == "paper"
     rows = dict.fromkeys(stages(config), 0)
     share = config.train.fusion_holdout
+    # How long a history is changes the number of windows, not that of examples.
+    brief = config.model_copy(update={"model": config.model.model_copy(update={"max_len": 1})})
     fs, root = filesystem(dataset.path)
     shards = list(pads.dataset(f"{root}/sequences", filesystem=fs, format="parquet").get_fragments())
     with Task("survey (shards)", len(shards)) as task:
@@ -54,9 +56,7 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
             if not paper:
                 first_stage = first_stage + count_followers(*first_stage_events(table, share), n_items)
             for stage in rows:
-                # How long a history is changes the number of windows, not that of examples.
-                max_len = 1 if stage in ("pairs", "fusion") else config.model.max_len
-                rows[stage] += len(stage_rows(table, stage, max_len, share))
+                rows[stage] += len(stage_rows(table, stage, brief if stage in ("pairs", "fusion") else config))
             task.advance()
     if not next(iter(rows.values())):
         raise DataError(

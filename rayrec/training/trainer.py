@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from rayrec.training.publish import write_bundle
 from rayrec.training.runs import Runs
 from rayrec.training.survey import survey
 from rayrec.training.tracking import open_trackers
-from rayrec.training.windows import only_read, stage_rows, stages
+from rayrec.training.windows import stage_rows, stages
 from rayrec.training.workers import Board, train_worker
 
 MIN_CPU_A_WORKER = 0.25
@@ -112,14 +113,10 @@ def _tables(dataset: Dataset, config: Config) -> dict[str, Any]:
     """The rows of each stage, made from sequence shards as they are asked for."""
     fs, root = filesystem(dataset.path)
     sequences = ray.data.read_parquet(f"{root}/sequences", filesystem=fs)
-    length, share, actions = config.model.max_len, config.train.fusion_holdout, config.model.actions
 
     def rows(stage: str) -> ray.data.Dataset:
-        return sequences.map_batches(
-            lambda table: stage_rows(only_read(table, actions), stage, length, share),
-            batch_format="pyarrow",
-            batch_size=None,
-        )
+        make = partial(stage_rows, stage=stage, config=config)
+        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None)
 
     return {stage: rows(stage) for stage in stages(config)}
 

@@ -13,10 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rayrec.config import Config
+from rayrec.data.kept_events import keep_events
 from rayrec.data.training_events import flat as laid_flat
 from rayrec.data.training_events import training_mask
 from rayrec.history import Ints, is_read
-from rayrec.schema import ACTION_CODE, HEAD_ACTIONS, SEQUENCE_SCHEMA
+from rayrec.schema import ACTION_CODE, HEAD_ACTIONS
 
 FUSION_TAIL = 5
 """How many of a fusion visitor's last events, and of the last of each head's actions, teach the fusion at most."""
@@ -29,26 +30,23 @@ def only_read(sequences: pa.Table, actions: Sequence[str]) -> pa.Table:
 
     They teach it nothing and are no one's target. What is withheld stays so: the places move with their events.
     """
-    action_A, offsets = laid_flat(sequences, "action")
-    kept_A = is_read(action_A, actions)
-    if kept_A.all():
-        return sequences
-    place_A = np.concatenate([[0], np.cumsum(kept_A)])  # of an event among the kept of all visitors
-    start_U, kept_offsets = offsets[:-1], place_A[offsets]
-    columns: dict[str, pa.Array] = {"user_id": sequences["user_id"]}
-    for name in SEQUENCE_SCHEMA.names[1:]:
-        kind = SEQUENCE_SCHEMA.field(name).type
-        if pa.types.is_list(kind):
-            columns[name] = _list(laid_flat(sequences, name)[0][kept_A], kept_offsets, kind.value_type)
-            continue
-        old_U = np.asarray(sequences[name], np.int64)
-        new_U = place_A[start_U + np.maximum(old_U, 0)] - kept_offsets[:-1]
-        if name != "n_train":
-            real_U = old_U >= 0
-            real_U[real_U] = kept_A[(start_U + old_U)[real_U]]
-            new_U = np.where(real_U, new_U, -1)
-        columns[name] = pa.array(new_U, kind)
-    return pa.table(columns, schema=SEQUENCE_SCHEMA)
+    kept_A = is_read(laid_flat(sequences, "action")[0], actions)
+    return sequences if kept_A.all() else keep_events(sequences, kept_A)
+
+
+def stages(config: Config) -> tuple[str, ...]:
+    """The stages of a training, in order. Each has rows of its own."""
+    if config.model.kind == "paper":
+        return ("pairs",)
+    return ("retrieval", "fusion", "refit") if config.train.refit_epochs else ("retrieval", "fusion")
+
+
+def stage_rows(sequences: pa.Table, stage: str, config: Config) -> pa.Table:
+    """The rows that teach a stage of `stages`, from what the model reads: windows, or examples."""
+    read, max_len, share = only_read(sequences, config.model.actions), config.model.max_len, config.train.fusion_holdout
+    if stage in ("retrieval", "refit"):
+        return next_item_windows(read, max_len, share if stage == "retrieval" else 0.0)
+    return examples(read, max_len, share if stage == "fusion" else None)
 
 
 class Flat:
@@ -96,20 +94,6 @@ def fusion_mask(flat: Flat, sequences: pa.Table, share: float) -> Mask:
     for actions in HEAD_ACTIONS.values():
         mask_A |= flat.last(candidates_A & np.isin(flat.action_A, [ACTION_CODE[action] for action in actions]))
     return mask_A
-
-
-def stages(config: Config) -> tuple[str, ...]:
-    """The stages of a training, in order. Each has rows of its own."""
-    if config.model.kind == "paper":
-        return ("pairs",)
-    return ("retrieval", "fusion", "refit") if config.train.refit_epochs else ("retrieval", "fusion")
-
-
-def stage_rows(sequences: pa.Table, stage: str, max_len: int, fusion_share: float) -> pa.Table:
-    """The rows that teach a stage: see `next_item_windows` (retrieval, refit) and `examples` (fusion, pairs)."""
-    if stage in ("retrieval", "refit"):
-        return next_item_windows(sequences, max_len, fusion_share if stage == "retrieval" else 0.0)
-    return examples(sequences, max_len, fusion_share if stage == "fusion" else None)
 
 
 def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) -> pa.Table:
