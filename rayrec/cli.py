@@ -302,7 +302,7 @@ def bench_quality(
 @bench_app.command("cold")
 def bench_cold(
     dataset: Annotated[str, typer.Argument(help="A prepared dataset with pictures.")],
-    out: Annotated[Path, typer.Argument(help="Where runs are kept, and the tables written.")],
+    out: Annotated[Path, typer.Option(help="Where runs are kept, and the tables written.")],
     share: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of known items that become cold.")] = 0.1,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
     backbone: Annotated[
@@ -323,6 +323,31 @@ def bench_cold(
     _show_bench(result, as_json)
 
 
+@bench_app.command("degrade")
+def bench_degrade(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset; it is the clean one.")],
+    out: Annotated[Path, typer.Option(help="Where runs are kept, and the table and picture written.")],
+    kinds: Annotated[str | None, typer.Option(help="Only these kinds of damage, comma-separated.")] = None,
+    shares: Annotated[str, typer.Option(help="How much is damaged, comma-separated.")] = "0.1,0.3,0.5",
+    seeds: Annotated[int, typer.Option(min=1, help="Damages and trainings of each kind and share.")] = 1,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """NDCG@10 over missing and noisy data, with each remedy off and on; goes on where it was stopped."""
+    from rayrec.bench.degrade import KINDS, run
+    from rayrec.cluster import disconnect
+
+    try:
+        amounts = [float(share) for share in shares.split(",")]
+    except ValueError:
+        raise UsageError(f"--shares {shares}: write numbers with commas between, for example 0.1,0.3,0.5") from None
+    try:
+        result = run(dataset, out, kinds.split(",") if kinds else list(KINDS), amounts, seeds, set_ or [])
+    finally:
+        disconnect()
+    _show_bench(result, as_json)
+
+
 def _show_bench(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(result)
@@ -338,6 +363,11 @@ def _say_prepared(report: dict[str, Any], dataset: str) -> None:
         step(
             f"{name}: read {part['read']} = kept {part['kept']} + collapsed {part['collapsed']} "
             f"+ rejected {sum(part['rejected'].values())}" + (f" ({reasons})" if reasons else "")
+        )
+    if report["unlisted_items"]:
+        step(
+            f"{report['unlisted_items']} of {report['catalogue']} items occur in events and not in the catalogue: they "
+            "are learned from and never recommended; if they should be, add them to items, or see whether ids differ"
         )
     step(f"dataset {dataset}: {report['users']} users, {report['sessions']} sessions, clock {report['clock']}")
 

@@ -24,7 +24,7 @@ from rayrec.model.recommender import Recommender, build
 from rayrec.model.scorer import Scorer
 from rayrec.schema import HEADS, SEQUENCE_SCHEMA
 from rayrec.training.batches import history_of
-from rayrec.training.calibrate import calibrate
+from rayrec.training.calibrate import _platt, calibrate
 from rayrec.training.fit import Fit, Job
 from rayrec.training.local import Alone, LocalFeed, train_alone
 from rayrec.training.survey import survey
@@ -271,3 +271,13 @@ def test_calibration_keeps_the_order_and_lowers_the_log_loss(fit: Fit, dataset: 
         assert (np.diff(np.take_along_axis(after, order, 1), axis=1) > -1e-6).all()
     share = scorer.score(history, candidate_BC, "next").mean()
     assert share == pytest.approx(1 / 101, rel=0.3), "on average the chance of being the right one"
+
+
+def test_calibration_of_logits_that_are_wrong_makes_no_ties() -> None:
+    """The right items score lowest: the best scale would be none at all."""
+    logit_BC = np.random.default_rng(0).normal(size=(50, 101))
+    logit_BC[:, 0] = -5
+    scale, shift = _platt(logit_BC)
+    probability_BC = torch.sigmoid(torch.from_numpy(logit_BC).float() * scale + shift)
+    assert len(probability_BC[0].unique()) == 101
+    assert probability_BC.mean() == pytest.approx(1 / 101, rel=0.3)

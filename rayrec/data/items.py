@@ -36,6 +36,8 @@ CATALOGUE_SCHEMA = pa.schema(
 
 _MISSING = pa.array(["", "nan", "null", "none", "n/a", "\\n"])
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+LARGEST_PRICE = 1e30
+"""Prices are handed on as float32, and their sums and squares must be finite as well."""
 DECILES = tuple(np.arange(1, 10) / 10)
 
 
@@ -88,7 +90,7 @@ def clean_items(rows: pa.Table) -> CleanedItems:
 
 
 def parse_prices(column: pa.Array) -> tuple[pa.Array, dict[str, int]]:
-    """Prices as float64 above 0, null where unknown, and how many were unparsable or not positive.
+    """Prices as float64 above 0, null where unknown, and how many were unparsable (or absurd) or not positive.
 
     Currency signs and codes are dropped; of "1,234.50" and "1.234,50" the last mark is the decimal one; a lone comma
     is decimal unless exactly three digits follow each.
@@ -101,7 +103,7 @@ def parse_prices(column: pa.Array) -> tuple[pa.Array, dict[str, int]]:
         plain = pc.match_substring_regex(given, _NUMBER)
         mended = pc.if_else(plain, given, _plain_number(given))
         number = pc.if_else(pc.match_substring_regex(mended, _NUMBER), mended, None).cast(pa.float64())
-    finite = pc.if_else(pc.is_finite(number), number, None)
+    finite = pc.if_else(pc.less(pc.abs(number), LARGEST_PRICE), number, None)
     prices = pc.if_else(pc.greater(finite, 0.0), finite, None)
     known, parsed = len(given) - given.null_count, len(finite) - finite.null_count
     return prices, {

@@ -122,6 +122,7 @@ class Run:
             "sessions": sum(result.sessions for result in finished),
             "sequences": sum(result.sequences for result in finished),
             "catalogue": len(items.table),
+            "unlisted_items": _unlisted(items.table),
             "actions": dict(sum((result.actions for result in finished), Counter[str]()).most_common()),
             "ignored_columns": sorted(set().union(*(result.ignored for result in ingested))),
         }
@@ -234,6 +235,12 @@ class Run:
                 f"{', '.join(self.names[:5])}: every row was rejected ({reasons}). Check the columns and actions "
                 "(--map), the clock (--set clock=...) and the window of times (--set clean.after=..., clean.before=...)"
             )
+
+
+def _unlisted(items: pa.Table) -> int:
+    """Items of the log that the catalogue lacks; none if there is no catalogue, for then all are recommended."""
+    listed = int(pc.sum(items["in_catalogue"]).as_py() or 0)
+    return len(items) - listed if listed else 0
 
 
 # ---------------------------------------------------------------- Ray Data

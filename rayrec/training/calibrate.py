@@ -20,6 +20,8 @@ from rayrec.training.batches import history_of
 NEGATIVES = 100
 MAX_ROWS = 2000
 MIN_ROWS = 20
+LEAST_SCALE = 1e-3
+"""Logits that know nothing, or the wrong way round, would be scaled to nothing, and float32 makes ties of them all."""
 
 
 def calibrate(model: Recommender, scorer: Scorer, chunks: Iterable[pa.Table], seed: int) -> None:
@@ -47,13 +49,13 @@ def calibrate(model: Recommender, scorer: Scorer, chunks: Iterable[pa.Table], se
 
 
 def _platt(logit_BC: np.ndarray) -> tuple[float, float]:
-    """Scale (positive) and shift that minimise the log loss; column 0 holds the right items."""
+    """Scale (at least LEAST_SCALE) and shift that minimise the log loss; column 0 holds the right items."""
     label_BC = np.zeros(logit_BC.shape)
     label_BC[:, 0] = 1
 
     def loss(x: np.ndarray) -> float:
-        z_BC = np.exp(x[0]) * logit_BC + x[1]
+        z_BC = max(np.exp(x[0]), LEAST_SCALE) * logit_BC + x[1]
         return float(np.mean(np.logaddexp(0, z_BC) - label_BC * z_BC))
 
     best = minimize(loss, np.array([0.0, -4.0]), method="Nelder-Mead", options={"maxiter": 200}).x
-    return float(np.exp(best[0])), float(best[1])
+    return max(float(np.exp(best[0])), LEAST_SCALE), float(best[1])

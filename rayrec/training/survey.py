@@ -37,7 +37,7 @@ class Survey:
 def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
     """Read every shard of sequences once; memory holds one shard and the counts.
 
-    Raises DataError if nothing can be learned: no visitor has two training events.
+    Raises DataError if nothing can be learned: no visitor has two training events, or all that have teach the fusion.
     """
     empty = sp.csr_array((n_items + 1, n_items + 1))
     first_stage = everything = Followers(empty, empty)
@@ -59,8 +59,17 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
                 rows[stage] += len(stage_rows(table, stage, brief if stage in ("pairs", "fusion") else config))
             task.advance()
     if not next(iter(rows.values())):
-        raise DataError(
-            f"{dataset.path}: nothing to learn from: no visitor has two training events; "
-            "see report.json for what prepare rejected"
-        )
+        raise DataError(f"{dataset.path}: nothing to learn from: {_why_nothing(rows, share)}")
     return Survey(rows, first_stage.kept(), everything.kept())
+
+
+def _why_nothing(rows: dict[str, int], share: float) -> str:
+    if rows.get("fusion"):
+        return (
+            f"train.fusion_holdout={share} keeps every event that could teach the first stage for the fusion; "
+            "lower it (--set train.fusion_holdout=0.001), or bring more events"
+        )
+    return (
+        "no visitor has two training events (a visitor's last two are kept for validation and test, and with "
+        "split=time all after the cut); bring more events a visitor, and see report.json for what prepare rejected"
+    )

@@ -1,0 +1,311 @@
+"""`rayrec bench degrade`: how NDCG@10 falls with missing and noisy data, and what the remedies win back.
+
+In: a dataset, kinds and shares of damage, a folder. Out: in that folder a file for each run, a table and a picture. A
+run whose file is there is not repeated. Every model is asked the same: the test questions of the clean dataset, with
+the clean histories; only what it learned from differs. What is damaged, and what never is: see `damage`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from rayrec.bench import damage
+from rayrec.bench.damage import Damage, Goods, free_events
+from rayrec.bundle import Bundle
+from rayrec.cluster import connect
+from rayrec.config import PrepareConfig, from_dict, preset, with_settings
+from rayrec.data.dataset import Dataset
+from rayrec.data.pipelines import prepare
+from rayrec.errors import UsageError
+from rayrec.evaluation import ReplaySettings, replay, summarise
+from rayrec.history import Ints
+from rayrec.progress import step
+from rayrec.serving.scorer import load_scorer
+from rayrec.training.trainer import train
+
+CLEAN = "clean"
+SCORES_AT_ONCE = 20_000_000
+FIGURES = ("metrics", "next")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of damage, and the settings of prepare and train with its remedy off and on (none: there is none)."""
+
+    damage: Damage
+    off: tuple[str, ...] = ()
+    on: tuple[str, ...] = ()
+
+    @property
+    def remedies(self) -> tuple[str, ...]:
+        """The names of its two ways, or of the one."""
+        return ("off", "on") if self.on else ("off",)
+
+
+KINDS: dict[str, Kind] = {
+    "lost-events": Kind(damage.lose_events, (), ("model.id_dropout=0.3",)),
+    "broken-events": Kind(damage.break_events, (), ("clean.expected=[value]", "clean.max_missing=0.5")),
+    "bots": Kind(damage.add_bots, ("clean.bot_events_per_hour=0",), ("clean.bot_events_per_hour=1000",)),
+    "lost-attributes": Kind(
+        damage.lose_attributes,
+        ("price.fill=none", "category.fill=none", "brand.fill=none"),
+        ("price.fill=median", "category.fill=mode", "brand.fill=mode"),
+    ),
+    "shuffled-attributes": Kind(damage.shuffle_attributes, ("price.smooth=none",), ("price.smooth=median",)),
+    "lost-images": Kind(damage.lose_images),
+    "noisy-images": Kind(damage.noise_images, ("images.denoise=none",), ("images.denoise=median",)),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: what is damaged, with the remedy "on" or "off", under which seed, trained with which settings."""
+
+    kind: str
+    share: float
+    remedy: str
+    seed: int
+    settings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its file; other settings have another."""
+        digest = hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:8]
+        return f"{self.kind}-{self.share:g}-{self.remedy}-{self.seed}-{digest}"
+
+
+def plans(kinds: Sequence[str], shares: Sequence[float], seeds: int, settings: Sequence[str]) -> Iterator[Plan]:
+    """All runs, seed by seed, the clean one first. Raises UsageError for an unknown kind, or no share of a whole."""
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UsageError(f"unknown kind {', '.join(unknown)}: choose among {', '.join(KINDS)}")
+    if wrong := [share for share in shares if not 0 < share <= 1]:
+        raise UsageError(f"--shares {', '.join(map(str, wrong))}: give shares above 0 and up to 1")
+    for seed in range(seeds):
+        yield Plan(CLEAN, 0.0, "off", seed, tuple(settings))
+        for kind in kinds:
+            of_kind = KINDS[kind]
+            for share in shares:
+                for remedy in of_kind.remedies:
+                    chosen = of_kind.on if remedy == "on" else of_kind.off
+                    yield Plan(kind, share, remedy, seed, (*chosen, *settings))
+
+
+def divided(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Settings of prepare, and those of train: `model...` and `train...`."""
+    of_train = [setting for setting in settings if setting.startswith(("model.", "train."))]
+    return [setting for setting in settings if setting not in of_train], of_train
+
+
+def run(
+    dataset: str, out: Path, kinds: Sequence[str], shares: Sequence[float], seeds: int, settings: Sequence[str]
+) -> dict[str, Any]:
+    """Run what is missing, and write `table.md` and `degrade.png` into `out`; answers the table's rows.
+
+    settings: of prepare (`price...`, `images...`) or of train (`model...`, `train...`), for every run.
+    Raises UsageError for a dataset that is not split by leave-one-out: its training events could not be told.
+    """
+    wanted = list(plans(kinds, shares, seeds, settings))
+    of_prepare, of_train = divided(settings)
+    with_settings(PrepareConfig(), of_prepare)
+    with_settings(preset("small"), of_train)
+    bench = Bench(Dataset.open(dataset), out)
+    results = [{**asdict(plan), **bench.run(plan)} for plan in wanted]
+    rows = summary(results)
+    (out / "table.md").write_text(table(rows))
+    draw(rows, out / "degrade.png")
+    step(table(rows))
+    return {"bench": "degrade", "dataset": bench.dataset.path, "rows": rows}
+
+
+# ---------------------------------------------------------------- runs
+
+
+@dataclass
+class Bench:
+    """A clean dataset, and the folder in which the bench keeps its runs."""
+
+    dataset: Dataset
+    out: Path
+    goods: Goods = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.dataset.manifest["config"]
+        if config["split"] != "loo":
+            raise UsageError(
+                f"{self.dataset.path}: split={config['split']}; this bench needs one prepared with split=loo"
+            )
+        owner = self.out / "dataset.json"
+        facts = {"files": self.dataset.manifest["files"], "config": config}
+        if owner.exists() and json.loads(owner.read_text()) != facts:
+            raise UsageError(f"{self.out}: holds runs on another dataset; name another --out")
+        (self.out / "runs").mkdir(parents=True, exist_ok=True)
+        owner.write_text(json.dumps(facts))
+        events = self.dataset.table("events").sort_by([("user_id", "ascending"), ("time_ms", "ascending")])
+        items = self.dataset.table("items").sort_by("item_index")
+        self.goods = Goods(events.combine_chunks(), items.combine_chunks(), self.dataset.images())
+        self.config: PrepareConfig = from_dict(PrepareConfig, config)
+
+    def run(self, plan: Plan) -> dict[str, Any]:
+        """The figures of a run as kept, or anew."""
+        kept = self.out / "runs" / f"{plan.name}.json"
+        if not kept.exists():
+            step(f"degrade: {plan.kind} {plan.share:g}, remedy {plan.remedy}, seed {plan.seed}")
+            with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as scratch:
+                figures = self._figures(plan, Path(scratch))
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps({**asdict(plan), "figures": figures}, indent=1) + "\n")
+            part.replace(kept)
+        return {"figures": json.loads(kept.read_text())["figures"]}
+
+    def _figures(self, plan: Plan, scratch: Path) -> dict[str, Any]:
+        connect()
+        of_prepare, of_train = divided(plan.settings)
+        self._write(self._damaged(plan), scratch / "raw")
+        own = (f"clock={self.dataset.clock}", "clean.k_core=0")
+        report = prepare(
+            str(scratch / "raw"), str(scratch / "dataset"), with_settings(self.config, [*own, *of_prepare])
+        )
+        config = with_settings(preset("small"), [f"train.seed={plan.seed}", "train.tracker=[]", *of_train])
+        bundle = train(str(scratch / "dataset"), str(scratch / "bundles"), config)
+        return {**self.judged(bundle), "events": {name: report["events"][name] for name in ("read", "kept")}}
+
+    def _damaged(self, plan: Plan) -> Goods:
+        """The remedy has no part in what is damaged."""
+        if plan.kind == CLEAN:
+            return self.goods
+        rng = np.random.default_rng([plan.seed, zlib.crc32(plan.kind.encode()), round(plan.share * 1e6)])
+        free = free_events(self.goods.events, self.config.sequences.actions)
+        return KINDS[plan.kind].damage(self.goods, plan.share, free, rng)
+
+    def _write(self, goods: Goods, raw: Path) -> None:
+        """Write a raw folder. Every item is in its catalogue, so that the models are asked about the same items."""
+        raw.mkdir()
+        pq.write_table(goods.events.rename_columns({"time_ms": "timestamp"}), raw / "events.parquet")
+        path_of: dict[int, str] = {}
+        clean = dict(zip(self.goods.images.item_M.tolist(), self.goods.images.pixels_MHWC, strict=True))
+        for item, pixels_HWC in zip(goods.images.item_M.tolist(), goods.images.pixels_MHWC, strict=True):
+            # A picture that nothing happened to is written once for all runs.
+            folder = self.out / "pictures" if np.array_equal(pixels_HWC, clean[item]) else raw / "pictures"
+            folder.mkdir(exist_ok=True)
+            file = (folder / f"{item}.png").absolute()
+            path_of[item] = str(file)
+            if not file.exists():
+                Image.fromarray(pixels_HWC).save(file.with_suffix(".part"), "PNG")
+                file.with_suffix(".part").replace(file)
+        image = [path_of.get(item) for item in goods.items["item_index"].to_pylist()]
+        items = goods.items.select(["item_id", "title", "category", "brand", "price"])
+        pq.write_table(items.append_column("image", pa.array(image, pa.string())), raw / "items.parquet")
+
+    def judged(self, bundle: Bundle) -> dict[str, Any]:
+        """NDCG@10, its interval and HR@10 of a bundle, asked the questions of the clean dataset's test split."""
+        catalogue, sequences = bundle.catalogue, self.dataset.sequences()
+        ids = ["", *self.goods.items["item_id"].to_pylist()]
+        index_N = np.array([catalogue.index.get(item_id, 0) for item_id in ids])
+        asked = renumbered(sequences, index_N)
+        batch = max(1, min(256, SCORES_AT_ONCE // (len(catalogue) + 1)))
+        max_len = bundle.config.model.max_len
+        settings = ReplaySettings("test", len(catalogue), self.dataset.clock, max_len, batch, FIGURES)
+        body = summarise(replay({"model": load_scorer(bundle)}, asked, settings), catalogue, settings)
+        names = ("users", "ndcg@10", "ndcg@10_95", "hr@10")
+        return {protocol: {name: body[protocol][name] for name in names} for protocol in FIGURES}
+
+
+def renumbered(sequences: pa.Table, index_N: Ints) -> pa.Table:
+    """The sequences with item n called index_N[n]."""
+    lists = sequences["item"].combine_chunks()
+    offsets = np.r_[0, np.cumsum(np.asarray(lists.value_lengths(), np.int64))].astype(np.int32)
+    item = pa.ListArray.from_arrays(offsets, pa.array(index_N[np.asarray(lists.flatten())], pa.int32()))
+    return sequences.set_column(sequences.schema.get_field_index("item"), "item", item)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a kind and share: NDCG@10, mean over seeds, with the remedy off and on, and that of the clean data."""
+
+    def mean(kind: str, share: float, remedy: str, protocol: str) -> float | None:
+        found = [
+            one["figures"][protocol]["ndcg@10"]
+            for one in results
+            if (one["kind"], one["share"], one["remedy"]) == (kind, share, remedy)
+        ]
+        return float(np.mean(found)) if found else None
+
+    keys = dict.fromkeys((one["kind"], one["share"]) for one in results)
+    return [
+        {
+            "kind": kind,
+            "share": share,
+            **{
+                f"{protocol}_{remedy}": mean(kind, share, remedy, protocol)
+                for protocol in FIGURES
+                for remedy in ("off", "on")
+            },
+            **{f"{protocol}_clean": mean(CLEAN, 0.0, "off", protocol) for protocol in FIGURES},
+            "seeds": len({one["seed"] for one in results}),
+        }
+        for kind, share in keys
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """All rows as Markdown: NDCG@10, and in brackets the share of the clean data's."""
+    lines = [
+        "| damage | share | next new item: off, on | next item: off, on |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            ", ".join(_cell(row[f"{protocol}_{remedy}"], row[f"{protocol}_clean"]) for remedy in ("off", "on"))
+            for protocol in FIGURES
+        ]
+        if row["kind"] == CLEAN:
+            cells = [_cell(row[f"{protocol}_off"], None) for protocol in FIGURES]
+        lines.append(f"| {row['kind']} | {row['share']:.0%} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, clean: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" + (f" ({value / clean:.0%})" if clean else "")
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """NDCG@10 (next new item) over the share of damage, a panel for each kind, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in dict.fromkeys(row["kind"] for row in rows) if kind != CLEAN]
+    figure = Figure(figsize=(3.2 * max(1, len(kinds)), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(1, len(kinds)), squeeze=False, sharey=True)[0]
+    for axis, kind in zip(axes, kinds, strict=False):
+        chosen = [row for row in rows if row["kind"] == kind]
+        for remedy, colour in (("off", "#8a8f98"), ("on", "#c44e00")):
+            points = [(row["share"], row[f"metrics_{remedy}"]) for row in chosen]
+            points = [(share, value) for share, value in points if value is not None]
+            if points:
+                start = [(0.0, chosen[0]["metrics_clean"])]
+                axis.plot(*zip(*start, *points, strict=True), "o-", color=colour, label=f"remedy {remedy}")
+        axis.axhline(chosen[0]["metrics_clean"], color="#c8ccd2", linestyle=":")
+        axis.set_title(kind)
+        axis.set_xlabel("share")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_ylabel("NDCG@10, next new item")
+    axes[0].set_ylim(bottom=0)
+    figure.savefig(str(path), dpi=110)
