@@ -290,13 +290,15 @@ def bench_quality(
     out: Annotated[Path, typer.Option(help="Where runs are kept, and the table and picture written.")],
     model: Annotated[list[str] | None, typer.Option(help="Only these models; repeatable. Default: all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model with its chosen settings.")] = 3,
-    minutes: Annotated[float, typer.Option(min=0, help="Longest training of a peer; 0 is no limit.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0, help="CPU minutes of a peer's training; 0 is no limit.")] = 0,
+    settings: Annotated[int, typer.Option(min=0, help="Of each peer's, at most; 0 is all.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Lists of rayrec and of other libraries before one judge; goes on where it was stopped."""
-    from rayrec.bench.quality import FLOORS, PEERS, US, run
+    from rayrec.bench.peer_runs import PEERS
+    from rayrec.bench.quality import FLOORS, US, run
 
-    _show_bench(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes), as_json)
+    _show_bench(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes, settings), as_json)
 
 
 def _show_bench(result: dict[str, Any], as_json: bool) -> None:
