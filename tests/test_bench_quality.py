@@ -19,6 +19,7 @@ from rayrec.bench.quality_table import table
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
 from rayrec.evaluation.judge import evaluate, floor_makers
+from rayrec.evaluation.metrics import ndcg
 
 # Recommends the items of train.parquet by their counts; "reverse" turns them around. Notes each call.
 SCRIPT = """
@@ -196,6 +197,15 @@ def test_a_peer_sees_training_events_and_histories_only(shop: Dataset, tmp_path:
         withheld = {row["purchase_valid_at"], row["purchase_test_at"]}
         of_training = [item for place, item in enumerate(row["item"][: row["n_train"]]) if place not in withheld]
         assert trained.get(row["user_id"], []) == of_training
+
+
+def test_results_that_are_kept_in_the_repository_are_whole() -> None:
+    kept = sorted((Path(quality.__file__).parent / "results" / "quality").glob("*/*.json"))
+    assert kept
+    for path in kept:
+        body, rank_U = json.loads(path.read_text()), pq.read_table(path.with_suffix(".parquet"))["rank"].to_numpy()
+        assert len(rank_U) == body["users"]
+        assert ndcg(rank_U.astype(int), 10).mean() == pytest.approx(body["figures"]["test"]["ndcg@10"])
 
 
 def test_usage(shop: Dataset, tmp_path: Path) -> None:

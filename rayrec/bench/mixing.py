@@ -16,7 +16,7 @@ from rayrec.history import Ints
 SHARE_FLOOR = 1e-3
 """Share of transitions below which an item counts as not met: popularity's tie break has this size."""
 
-WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)
+WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Of the log share; the best is chosen on validation."""
 
 
