@@ -15,8 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+from rayrec.bench.commands import bench_app
 from rayrec.config import Config, PrepareConfig, ServeConfig, preset, with_settings
 from rayrec.errors import RayrecError, UsageError
+from rayrec.options import Json, Seed, Set, print_json
 from rayrec.progress import step
 
 app = typer.Typer(
@@ -40,12 +42,8 @@ class Split(str, Enum):
 
 bundles_app = typer.Typer(help="Look at trained bundles.", no_args_is_help=True)
 app.add_typer(bundles_app, name="bundles")
-bench_app = typer.Typer(help="Measure rayrec against other ways of doing the same.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting; repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
 State = Annotated[str | None, typer.Option(help="Where state is kept: sqlite:///PATH (default: beside the bundle).")]
 
@@ -62,7 +60,7 @@ def demo(
 
     result = run(work or Path("rayrec-demo"), port, exit_)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
@@ -83,7 +81,7 @@ def sample(
     report = write_shop(folder, SampleConfig(users=users, items=items, events=events, seed=seed, dirty=dirty))
     step(f"{report.rows} rows of {report.users} users on {report.items} items in {report.folder}")
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
 
 
 @app.command("import")
@@ -126,7 +124,7 @@ def prepare(
         disconnect()
     _say_prepared(report, dataset)
     if as_json:
-        _print_json(report)
+        print_json(report)
 
 
 @app.command()
@@ -159,7 +157,7 @@ def train(
         disconnect()
     step(f"bundle {bundle.path}")
     if as_json:
-        _print_json({"version": bundle.version, "path": str(bundle.path), **bundle.json("metrics.json")})
+        print_json({"version": bundle.version, "path": str(bundle.path), **bundle.json("metrics.json")})
 
 
 @app.command()
@@ -183,7 +181,7 @@ def evaluate(
     for line in table_lines(result):
         typer.echo(line, err=True)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
@@ -227,7 +225,7 @@ def recommend(
 
     answer = run(bundle, state or default_state(bundle), user, scene, k, item, history)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     for place, shown in enumerate(answer["items"], 1):
         typer.echo(f"{place:3d}  {shown['score']:.4f}  {shown['item_id']:<14} {shown['title'] or ''}")
@@ -253,104 +251,7 @@ def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.
         ndcg = "" if row["ndcg@10"] is None else f"  NDCG@10 {row['ndcg@10']:.4f}"
         typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  {row['created']}  {row['items']} items{ndcg}")
     if as_json:
-        _print_json({"bundles": found})
-
-
-Events = Annotated[int, typer.Option(min=1000, help="Events of the data that is made for it.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are reported.")]
-
-
-@bench_app.command("prepare")
-def bench_prepare(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
-    """Cleaning against pandas doing the same in one process."""
-    from rayrec.bench.prepare import run
-
-    _show_bench(run(events, rounds), as_json)
-
-
-@bench_app.command("train")
-def bench_train(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
-    """Ray Train with one worker against the same loop in plain torch."""
-    from rayrec.bench.training import run
-
-    _show_bench(run(events, rounds), as_json)
-
-
-@bench_app.command("images")
-def bench_images(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
-    """Each distinct picture of a batch once against a picture beside every row."""
-    from rayrec.bench.pictures import run
-
-    _show_bench(run(events, rounds), as_json)
-
-
-@bench_app.command("quality")
-def bench_quality(
-    datasets: Annotated[list[str], typer.Argument(metavar="DATASET...", help="Prepared datasets.")],
-    out: Annotated[Path, typer.Option(help="Where runs are kept, and the table and picture written.")],
-    model: Annotated[list[str] | None, typer.Option(help="Only these models; repeatable. Default: all.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model with its chosen settings.")] = 3,
-    minutes: Annotated[float, typer.Option(min=0, help="Longest training of a peer; 0 is no limit.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Lists of rayrec and of other libraries before one judge; goes on where it was stopped."""
-    from rayrec.bench.quality import FLOORS, PEERS, US, run
-
-    _show_bench(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes), as_json)
-
-
-@bench_app.command("cold")
-def bench_cold(
-    dataset: Annotated[str, typer.Argument(help="A prepared dataset with pictures.")],
-    out: Annotated[Path, typer.Option(help="Where runs are kept, and the tables written.")],
-    share: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of known items that become cold.")] = 0.1,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
-    backbone: Annotated[
-        list[str] | None, typer.Option(help="Values of model.image_backbone to compare; repeatable.")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only these variants; repeatable. Default: all.")] = None,
-    raw: Annotated[Path | None, typer.Option(help="The sample shop of the dataset: its oracle is judged too.")] = None,
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """What pictures are worth for items without events, and for known ones; goes on where it was stopped."""
-    from rayrec.bench.cold import run
-
-    result = run(
-        dataset, out, share=share, seeds=seeds, backbones=backbone or ["scratch"], only=only or [], raw=raw,
-        settings=set_ or [],
-    )  # fmt: skip
-    _show_bench(result, as_json)
-
-
-@bench_app.command("degrade")
-def bench_degrade(
-    dataset: Annotated[str, typer.Argument(help="A prepared dataset; it is the clean one.")],
-    out: Annotated[Path, typer.Option(help="Where runs are kept, and the table and picture written.")],
-    kinds: Annotated[str | None, typer.Option(help="Only these kinds of damage, comma-separated.")] = None,
-    shares: Annotated[str, typer.Option(help="How much is damaged, comma-separated.")] = "0.1,0.3,0.5",
-    seeds: Annotated[int, typer.Option(min=1, help="Damages and trainings of each kind and share.")] = 1,
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """NDCG@10 over missing and noisy data, with each remedy off and on; goes on where it was stopped."""
-    from rayrec.bench.degrade import KINDS, run
-    from rayrec.cluster import disconnect
-
-    try:
-        amounts = [float(share) for share in shares.split(",")]
-    except ValueError:
-        raise UsageError(f"--shares {shares}: write numbers with commas between, for example 0.1,0.3,0.5") from None
-    try:
-        result = run(dataset, out, kinds.split(",") if kinds else list(KINDS), amounts, seeds, set_ or [])
-    finally:
-        disconnect()
-    _show_bench(result, as_json)
-
-
-def _show_bench(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(result)
+        print_json({"bundles": found})
 
 
 # ---------------------------------------------------------------- what commands share
@@ -380,10 +281,6 @@ def _facts(folder: Path) -> dict[str, Any]:
         return {"created": manifest["created"], "items": manifest["items"], "ndcg@10": ndcg}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         return {"created": None, "items": None, "ndcg@10": None, "trouble": str(error)}
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,6 @@ import tinyshop
 
 from rayrec.bench import cold
 from rayrec.bench.cold import chance, run, variants
-from rayrec.bench.intervals import chance_of_no_difference, difference_interval
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
 
@@ -71,15 +70,3 @@ def test_chance_is_what_random_orders_give() -> None:
     gain = np.where(rank <= 10, 1 / np.log2(1 + rank), 0).mean()
     assert chance(30) == pytest.approx(gain, abs=0.01)
     assert chance(0) == 0
-
-
-def test_a_difference_is_told_from_none() -> None:
-    rng = np.random.default_rng(0)
-    theirs_U = rng.random(300)
-    assert chance_of_no_difference(theirs_U + 0.1, theirs_U) < 0.001
-    noise_U = rng.permutation(np.repeat([-0.1, 0.1], 150))
-    assert chance_of_no_difference(theirs_U + noise_U, theirs_U) > 0.9
-    assert chance_of_no_difference(theirs_U, theirs_U) == 1
-    low, high = difference_interval(theirs_U + 0.1, theirs_U)
-    assert low == pytest.approx(0.1)
-    assert high == pytest.approx(0.1)

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from safetensors.torch import load_file
 
-from rayrec.bench.intervals import chance_of_no_difference, difference_interval, interval
 from rayrec.bench.kept import Made, kept
+from rayrec.bench.paired import interval, p_value
 from rayrec.catalogue import Catalogue
 from rayrec.config import SCRATCH, Config, preset, with_settings
 from rayrec.data.dataset import Dataset
@@ -243,8 +243,8 @@ def comparison(name: str, without: str, found: dict[str, list[Run]]) -> dict[str
         if len(ours_U):
             row[part] = {
                 "difference": float((ours_U - theirs_U).mean()),
-                "interval": difference_interval(ours_U, theirs_U),
-                "p": chance_of_no_difference(ours_U, theirs_U),
+                "interval": interval(ours_U - theirs_U),
+                "p": p_value(ours_U, theirs_U),
             }
     return row
 

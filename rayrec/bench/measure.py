@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 SAMPLE_EVERY_S = 0.25
 
@@ -30,10 +31,11 @@ class Measured:
         return {name: round(getattr(self, name), 2) for name in ("wall_s", "cpu_s", "peak_mib")}
 
 
-def measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Measured:
-    """Run a command to its end. Raises RuntimeError if it fails. Standard error goes where ours goes."""
+def measured(command: Sequence[str], env: Mapping[str, str] | None = None, errors: IO[str] | None = None) -> Measured:
+    """Run a command to its end. Raises RuntimeError if it fails. errors: for its standard error; None is ours."""
     started = time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=None if env is None else dict(env))
+    given = None if env is None else dict(env)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=given)
     peak_kib = 0
     cpu_s: dict[int, float] = {}  # CPU time counts other programs out, where the machine is shared
     done = threading.Event()

@@ -9,89 +9,55 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayrec.bench.intervals import interval, ratio_interval
-from rayrec.bench.kept import Made, kept
 from rayrec.bench.measure import measured
+from rayrec.bench.mixing import WEIGHTS, mixed, scale
+from rayrec.bench.peer_runs import PEERS, SPLITS, Settings, run_peer
+from rayrec.bench.quality_table import Row, Run, compare, draw, table
 from rayrec.bundle import Bundle
 from rayrec.config import preset
 from rayrec.data.dataset import Dataset
-from rayrec.data.training_events import training_mask
 from rayrec.errors import UsageError
 from rayrec.evaluation.floors import Ranker
 from rayrec.evaluation.judge import floor_makers
 from rayrec.evaluation.lists import answers_of_lists
-from rayrec.evaluation.metrics import ndcg
-from rayrec.evaluation.replay import ReplaySettings, Split, replay
+from rayrec.evaluation.metrics import Scores, ndcg
+from rayrec.evaluation.replay import Question, ReplaySettings, Split, Visitors, replay, target_places
+from rayrec.history import HistoryBatch, Ints
 from rayrec.progress import step
 from rayrec.serving.scorer import load_scorer
 
 US = "rayrec"
-SPLITS: tuple[Split, ...] = ("valid", "test")
-SCORES_AT_ONCE = 20_000_000
-Settings = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A recommender of another library: its script in `peers`, what pip must install, and settings to choose among."""
-
-    script: str
-    requirements: tuple[str, ...]
-    grid: tuple[Settings, ...]
-
-
-_BEFORE_NUMPY_2 = ("numpy<2", "pandas<3", "pyarrow>=14,<21", "torch<2.14")
-_RECBOLE = ("recbole>=1.2,<1.3", *_BEFORE_NUMPY_2)
-_RECTOOLS = ("rectools[torch]>=0.13,<1", *_BEFORE_NUMPY_2)
-PEERS: dict[str, Peer] = {
-    "implicit-bm25": Peer(
-        "implicit_neighbours",
-        ("implicit>=0.7,<0.8", "pandas", "pyarrow>=14"),
-        tuple({"kind": "BM25Recommender", "neighbours": k} for k in (20, 100, 500)),
-    ),
-    "rectools-sasrec": Peer(
-        "rectools_sasrec",
-        _RECTOOLS,
-        tuple(
-            {"n_factors": width, "session_max_len": 50, "lr": lr, "epochs": 30, "dropout_rate": 0.2}
-            for width, lr in ((64, 1e-3), (128, 1e-3), (128, 3e-3))
-        ),
-    ),
-    "recbole-gru4rec": Peer(
-        "recbole_sequential",
-        _RECBOLE,
-        tuple({"model": "GRU4Rec", "epochs": 100, "learning_rate": lr} for lr in (1e-3, 3e-3)),
-    ),
-    "recbole-sasrec": Peer(
-        "recbole_sequential",
-        _RECBOLE,
-        tuple({"model": "SASRec", "epochs": 100, "learning_rate": lr} for lr in (1e-3, 3e-3)),
-    ),
-}
 FLOORS = ("popular", "markov")
+MIXED = " + markov"
+SCORES_AT_ONCE = 20_000_000
+LENGTH = 100
+"""Of the lists; a rank beyond is kept as one more."""
+
+Answers = dict[Split, pa.Table]
+Cost = dict[str, Any]
 
 
-def run(datasets: Sequence[str], out: Path, models: Sequence[str], seeds: int, minutes: float) -> dict[str, Any]:
+def run(
+    datasets: Sequence[str], out: Path, models: Sequence[str], seeds: int, minutes: float, settings: int = 0
+) -> dict[str, Any]:
     """Run what is missing, and write `table.md` and `quality.png` into `out`; answers the table's rows.
 
-    models: of `US`, FLOORS and PEERS. minutes: of training for each run of a peer; 0 is no limit.
+    models: of `US`, FLOORS and PEERS. minutes: of CPU for each training of a peer, 0 is no limit: a busy machine takes
+    none away, and a second thread gives none. settings: of each peer at most so many; 0 is all.
     Raises UsageError for an unknown model, or datasets of one name.
     """
     known = (US, *FLOORS, *PEERS)
@@ -103,28 +69,51 @@ def run(datasets: Sequence[str], out: Path, models: Sequence[str], seeds: int, m
     rows: list[Row] = []
     for path, name in zip(datasets, names, strict=True):
         shop = Shop(Dataset.open(path), out / name, minutes)
-        for model in models:
-            rows += _rows(shop, model, seeds)
-    _compare(rows)
-    (out / "table.md").write_text(table(rows))
-    draw(rows, out / "quality.png")
+        rows += [_row(shop, model, seeds, settings) for model in models]
+        rows += _mixed_row(shop, [row for row in rows if row.shop == name])
+        compare(rows, US)
+        (out / "table.md").write_text(table(rows))
+        draw(rows, US, out / "quality.png")
     step(table(rows))
     return {"bench": "quality", "rows": [row.body() for row in rows]}
 
 
+def _row(shop: Shop, model: str, seeds: int, settings: int) -> Row:
+    grid: tuple[Settings, ...] = PEERS[model].grid if model in PEERS else ({},)
+    try:
+        first = [shop.run(model, choice, 0) for choice in grid[: settings or len(grid)]]
+        best = max(first, key=_on_validation)
+        others = [] if model in FLOORS else [shop.run(model, best.settings, seed) for seed in range(1, seeds)]
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:  # a peer that fails must not end the others
+        step(f"{model}: {error}")
+        return Row(shop.folder.name, shop.n_items, model, [], note=" ".join(str(error).replace("|", "/").split()))
+    return Row(shop.folder.name, shop.n_items, model, [best, *others], note=_note(model, [best, *others], shop.minutes))
+
+
+def _mixed_row(shop: Shop, rows: Sequence[Row]) -> Iterator[Row]:
+    """The best peer's lists with the Markov floor mixed in; best, as all is, on validation."""
+    peers = [row for row in rows if row.model in PEERS and row.runs and shop.has_lists(row.model, row.runs[0])]
+    if not peers:
+        return
+    best = max(peers, key=lambda row: _on_validation(row.runs[0]))
+    runs = [shop.run_mixed(best.model, run) for run in best.runs]
+    weights = ", ".join(str(run.settings["weight"]) for run in runs)
+    yield Row(shop.folder.name, shop.n_items, best.model + MIXED, runs, note=f"weight {weights}")
+
+
+def _on_validation(run: Run) -> float:
+    return run.figures["valid"]["ndcg@10"]
+
+
+def _note(model: str, runs: Sequence[Run], minutes: float) -> str:
+    notes = [str(run.cost["note"]) for run in runs if run.cost.get("note")]
+    spent = max((run.cost.get("cpu_s", 0.0) for run in runs), default=0.0) / 60
+    if model == US and minutes and spent > minutes:
+        notes.append(f"took {spent:.1f} minutes of CPU; the others trained for {minutes:g} at most")
+    return "; ".join(dict.fromkeys(notes))
+
+
 # ---------------------------------------------------------------- runs
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training judged: NDCG@10 and HR@10 on both splits, what it cost, and each test user's rank."""
-
-    settings: Settings
-    seed: int
-    figures: dict[str, dict[str, float]]
-    cost: dict[str, float]
-    user_U: npt.NDArray[np.object_]
-    rank_U: npt.NDArray[np.int64]
 
 
 @dataclass
@@ -136,9 +125,11 @@ class Shop:
     minutes: float
     sequences: pa.Table = field(init=False)
     n_items: int = field(init=False)
+    digest: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.sequences = self.dataset.sequences()
+        self.digest = digest_of(self.sequences)
         self.n_items = len(self.dataset.catalogue())
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -149,217 +140,146 @@ class Shop:
 
     def run(self, model: str, settings: Settings, seed: int) -> Run:
         """The run as kept, or anew."""
+        return self._kept(model, settings, seed, lambda: (settings, *self._answers(model, settings, seed)))
 
-        def make() -> Made:
+    def run_mixed(self, model: str, run: Run) -> Run:
+        """A peer's run with the Markov floor mixed in, with the weight that is best on validation."""
+
+        def make() -> tuple[Settings, Answers, Cost]:
+            tables = [(weight, self._mixed(model, run, "valid", weight)) for weight in WEIGHTS]
+            weight, valid = max(tables, key=lambda pair: _figures(pair[1])["ndcg@10"])
+            return {**run.settings, "weight": weight}, {
+                "valid": valid, "test": self._mixed(model, run, "test", weight)
+            }, {}  # fmt: skip
+
+        return self._kept(model + MIXED, run.settings, run.seed, make)
+
+    def has_lists(self, model: str, run: Run) -> bool:
+        """Whether the lists of a peer's run are there, or what was mixed of them."""
+        lists = self._lists(self._name(model, run.settings, run.seed), "test")
+        mixed = self.folder / f"{self._name(model + MIXED, run.settings, run.seed)}.json"
+        return mixed.exists() or (lists.exists() and "scores" in pq.read_schema(lists).names)
+
+    def _name(self, model: str, settings: Settings, seed: int) -> str:
+        minutes = 0 if model in (US, *FLOORS) else self.minutes
+        digest = hashlib.sha256(json.dumps([self.digest, settings, minutes], sort_keys=True).encode()).hexdigest()[:8]
+        return f"{model.replace(' + ', '-')}-{digest}-{seed}"
+
+    def _lists(self, name: str, split: Split) -> Path:
+        return self.folder.parent / "lists" / self.folder.name / f"{name}-{split}.parquet"
+
+    def _kept(
+        self, model: str, settings: Settings, seed: int, make: Callable[[], tuple[Settings, Answers, Cost]]
+    ) -> Run:
+        """A run by its name: from its files, which `make` fills if they are not there."""
+        name = self._name(model, settings, seed)
+        body_path, ranks_path = self.folder / f"{name}.json", self.folder / f"{name}.parquet"
+        if not body_path.exists():
             step(f"{self.folder.name}: {model} {json.dumps(settings)} seed {seed}")
-            answers, cost = self._answers(model, settings, seed)
-            figures = {split: _figures(table["rank"].to_numpy()) for split, table in answers.items()}
-            body = {"model": model, "settings": settings, "seed": seed, "figures": figures, "cost": cost}
-            return body, pa.concat_tables(answers.values())
+            chosen, answers, cost = make()
+            rank_U = answers["test"].sort_by("user_id")["rank"].to_numpy()
+            kept = pa.table({"rank": pa.array(np.minimum(rank_U, LENGTH + 1).astype(np.int8))})
+            pq.write_table(kept, ranks_path, compression="zstd")
+            figures = {split: _figures(table) for split, table in answers.items()}
+            body = {"model": model, "settings": chosen, "seed": seed, "minutes": self.minutes, "users": len(rank_U)}
+            body_path.write_text(json.dumps({**body, "figures": figures, "cost": cost}, indent=1) + "\n")
+        body = json.loads(body_path.read_text())
+        rank_U = pq.read_table(ranks_path)["rank"].to_numpy().astype(np.int64)
+        return Run(body["settings"], seed, body["figures"], body["cost"], rank_U)
 
-        body, table = kept(self.folder, model, [settings, self.minutes], seed, make)
-        test = table.filter(pc.equal(table["ranker"], "test")).sort_by("user_id")
-        ranks = test["user_id"].to_numpy(zero_copy_only=False), test["rank"].to_numpy()
-        return Run(settings, seed, body["figures"], body["cost"], *ranks)
-
-    def _answers(self, model: str, settings: Settings, seed: int) -> tuple[dict[Split, pa.Table], dict[str, float]]:
-        """Each split's answers, named after the split, and the costs."""
+    def _answers(self, model: str, settings: Settings, seed: int) -> tuple[Answers, Cost]:
+        """Each split's answers, and the costs."""
         if model in FLOORS:
-            ranker = floor_makers(self.sequences, self.dataset.catalogue())[model]()
-            return {split: self._ask(ranker, split) for split in SPLITS}, {}
+            return self._ask(floor_makers(self.sequences, self.dataset.catalogue())[model]())
         with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as scratch:
             if model == US:
                 return self._ours(Path(scratch), settings, seed)
-            return self._peer(PEERS[model], Path(scratch), {**settings, "seed": seed, "minutes": self.minutes})
+            return self._peer(model, Path(scratch), settings, seed)
 
-    def _ours(self, scratch: Path, settings: Settings, seed: int) -> tuple[dict[Split, pa.Table], dict[str, float]]:
+    def _ours(self, scratch: Path, settings: Settings, seed: int) -> tuple[Answers, Cost]:
         choices = [
             word for name, value in settings.items() if name != "preset" for word in ("--set", f"{name}={value}")
         ]
         command = [sys.executable, "-m", "rayrec", "train", self.dataset.path, str(scratch), "--seed", str(seed)]
         cost = measured([*command, "--preset", settings.get("preset", "small"), *choices]).figures()
         bundle = Bundle.open(str(scratch))
-        scorer, max_len = load_scorer(bundle), bundle.config.model.max_len
-        return {split: self._ask(scorer, split, max_len) for split in SPLITS}, cost
+        answers, asking = self._ask(load_scorer(bundle), bundle.config.model.max_len)
+        return answers, {**cost, **asking}
 
-    def _peer(self, peer: Peer, scratch: Path, settings: Settings) -> tuple[dict[Split, pa.Table], dict[str, float]]:
-        python = environment(self.folder.parent / "environments", peer)
-        script = Path(__file__).parent / "peers" / f"{peer.script}.py"
-        data, lists = scratch / "data", scratch / "lists"
-        export(self.sequences, data)
-        lists.mkdir()
-        # Nothing of ours is in the peer's way.
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        cost = measured([str(python), str(script), str(data), str(lists), json.dumps(settings)], env).figures()
-        cost |= json.loads((lists / "facts.json").read_text())
-        found = {split: pq.read_table(lists / f"lists-{split}.parquet") for split in SPLITS}
-        return {
-            split: answers_of_lists({split: table}, self.sequences, self.judging(split))
-            for split, table in found.items()
-        }, cost
+    def _peer(self, model: str, scratch: Path, settings: Settings, seed: int) -> tuple[Answers, Cost]:
+        asked = {**settings, "seed": seed, "minutes": self.minutes}
+        environments = self.folder.parent / "environments"
+        log = self._lists(self._name(model, settings, seed), "test").with_suffix(".log")
+        found, cost = run_peer(PEERS[model], self.dataset, self.sequences, asked, environments, scratch, log)
+        answers = {}
+        for split, lists in found.items():
+            path = self._lists(self._name(model, settings, seed), split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(scratch / "lists" / f"lists-{split}.parquet", path)
+            answers[split] = answers_of_lists({split: lists}, self.sequences, self.judging(split))
+        return answers, cost
 
-    def _ask(self, ranker: Ranker, split: Split, max_len: int | None = None) -> pa.Table:
-        settings = self.judging(split, max_len or preset("small").model.max_len)
-        return replay({split: ranker}, self.sequences, settings)
+    def _ask(self, ranker: Ranker, max_len: int | None = None) -> tuple[Answers, Cost]:
+        timed = Timed(ranker)
+        length = max_len or preset("small").model.max_len
+        answers = {split: replay({split: timed}, self.sequences, self.judging(split, length)) for split in SPLITS}
+        return answers, {"list_ms": 1000 * timed.seconds / max(1, timed.users)}
+
+    def _mixed(self, model: str, run: Run, split: Split, weight: float) -> pa.Table:
+        """Answers of a peer's lists with the floor mixed in."""
+        lists = pq.read_table(self._lists(self._name(model, run.settings, run.seed), split))
+        row_of = {user: row for row, user in enumerate(lists["user_id"].to_pylist())}
+        items, scores = lists["items"].to_pylist(), lists["scores"].to_pylist()
+        unit = scale(scores)
+        floor = floor_makers(self.sequences, self.dataset.catalogue())["markov"]()
+        settings = self.judging(split, preset("small").model.max_len)
+        visitors = Visitors.of(self.sequences)
+        place_U = target_places(self.sequences, visitors, settings)["metrics"]
+        row_Q = np.flatnonzero(place_U >= 0)
+        users, found = [], []
+        for start in range(0, len(row_Q), settings.batch):
+            row_B = row_Q[start : start + settings.batch]
+            question = Question.ask(visitors, row_B, place_U[row_B], settings)
+            share_BN = floor.rank_all(question.history, "next").astype(np.float64)
+            share_BN[question.row_S, question.item_S] = -np.inf
+            place_B = [row_of.get(user, -1) for user in question.user_B]
+            listed = [([], []) if place < 0 else (items[place], scores[place]) for place in place_B]
+            best = mixed([a for a, _ in listed], [b for _, b in listed], unit, share_BN, weight, LENGTH)
+            users += question.user_B.tolist()
+            found += best.tolist()
+        table = pa.table([users, found], names=["user_id", "items"])
+        return answers_of_lists({split: table}, self.sequences, settings)
 
 
-def _figures(rank_U: npt.NDArray[np.int64]) -> dict[str, float]:
+def digest_of(sequences: pa.Table) -> str:
+    """What runs are kept by: who did what, what is learned from and what is asked; not how shards and files lie."""
+    whole = sequences.select(["user_id", "item", "n_train", "valid_at", "test_at"]).sort_by("user_id")
+    digest = hashlib.sha256()
+    for row in whole.to_pylist():
+        digest.update(json.dumps(list(row.values())).encode())
+    return digest.hexdigest()
+
+
+class Timed:
+    """A ranker, and the seconds it takes for a score of every item."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        self._ranker, self.heads, self.actions = ranker, ranker.heads, ranker.actions
+        self.seconds, self.users = 0.0, 0
+
+    def rank_all(self, history: HistoryBatch, head: str) -> Scores:
+        """See `floors.Ranker`."""
+        started = time.perf_counter()
+        scores_BN = self._ranker.rank_all(history, head)
+        self.seconds += time.perf_counter() - started
+        self.users += len(history)
+        return scores_BN
+
+    def score(self, history: HistoryBatch, candidates_BC: Ints, head: str) -> Scores:
+        """See `floors.Ranker`."""
+        return self._ranker.score(history, candidates_BC, head)
+
+
+def _figures(answers: pa.Table) -> dict[str, float]:
+    rank_U = answers["rank"].to_numpy()
     return {"ndcg@10": float(ndcg(rank_U, 10).mean()), "hr@10": float((rank_U <= 10).mean())}
-
-
-def export(sequences: pa.Table, folder: Path) -> None:
-    """What a peer is given: see `peers`. Events without an item of the catalogue are left out."""
-    folder.mkdir(parents=True)
-    item = sequences["item"].combine_chunks()
-    length_U = np.asarray(item.value_lengths(), np.int64)
-    user_A = np.repeat(np.arange(len(length_U)), length_U)
-    start_U = np.cumsum(length_U) - length_U
-    place_A = np.arange(len(user_A)) - start_U[user_A]
-    item_A = np.asarray(item.flatten(), np.int64)
-    name_U = sequences["user_id"].combine_chunks()
-
-    def rows(mask_A: npt.NDArray[np.bool_]) -> pa.Table:
-        chosen = np.flatnonzero(mask_A & (item_A > 0))
-        columns = [name_U.take(pa.array(user_A[chosen])), pa.array(item_A[chosen]), pa.array(place_A[chosen])]
-        return pa.table(columns, names=["user_id", "item", "place"])
-
-    pq.write_table(rows(training_mask(sequences)), folder / "train.parquet")
-    for split in SPLITS:
-        at_U = np.asarray(sequences[f"{split}_at"], np.int64)
-        past = rows(place_A < at_U[user_A])
-        asked = past.group_by("user_id", use_threads=False).aggregate([("item", "list")])
-        pq.write_table(asked.rename_columns(["user_id", "items"]), folder / f"ask-{split}.parquet")
-
-
-def environment(folder: Path, peer: Peer) -> Path:
-    """The Python of the peer's virtual environment, which is made if it is not there. Raises RuntimeError."""
-    home = folder / hashlib.sha256(json.dumps(peer.requirements).encode()).hexdigest()[:8]
-    python = home / "bin" / "python"
-    if (home / "done").exists():
-        return python
-    shutil.rmtree(home, ignore_errors=True)
-    step(f"installing {', '.join(peer.requirements)}")
-    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-    done = subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", *peer.requirements], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"cannot install {', '.join(peer.requirements)}: {done.stderr.strip().splitlines()[-1]}")
-    (home / "done").touch()
-    return python
-
-
-# ---------------------------------------------------------------- the table
-
-
-@dataclass
-class Row:
-    """A model on a data set: its runs with the settings chosen, or why there are none; and what we are to it."""
-
-    shop: str
-    model: str
-    runs: list[Run]
-    trouble: str = ""
-    ahead: dict[str, Any] = field(default_factory=dict)
-
-    def mean(self, figure: str, split: Split = "test") -> float:
-        """Over seeds."""
-        return statistics.fmean(run.figures[split][figure] for run in self.runs)
-
-    def gain_U(self) -> npt.NDArray[np.float64]:
-        """Each test user's NDCG@10, mean over seeds. [U]"""
-        return np.mean([ndcg(run.rank_U, 10) for run in self.runs], axis=0)
-
-    def body(self) -> dict[str, Any]:
-        """As JSON."""
-        if not self.runs:
-            return {"shop": self.shop, "model": self.model, "trouble": self.trouble}
-        return {
-            "shop": self.shop,
-            "model": self.model,
-            "settings": self.runs[0].settings,
-            "seeds": [run.seed for run in self.runs],
-            **{f"{split}_{name}": self.mean(name, split) for split in SPLITS for name in ("ndcg@10", "hr@10")},
-            "spread": spread(self.runs),
-            "interval": interval(self.gain_U()),
-            "cost": {name: _median(self.runs, name) for name in ("wall_s", "cpu_s", "peak_mib")},
-            **self.ahead,
-        }
-
-
-def _rows(shop: Shop, model: str, seeds: int) -> Iterator[Row]:
-    grid: tuple[Settings, ...] = PEERS[model].grid if model in PEERS else ({},)
-    try:
-        first = [shop.run(model, settings, 0) for settings in grid]
-        best = max(first, key=lambda run: run.figures["valid"]["ndcg@10"])
-        others = [] if model in FLOORS else [shop.run(model, best.settings, seed) for seed in range(1, seeds)]
-        yield Row(shop.folder.name, model, [best, *others])
-    except (RuntimeError, subprocess.CalledProcessError) as error:  # a peer that fails must not end the others
-        step(f"{model}: {error}")
-        yield Row(shop.folder.name, model, [], trouble=str(error))
-
-
-def _compare(rows: list[Row]) -> None:
-    """Ours over each of the others: the ratio of NDCG@10, and its interval by users drawn in pairs."""
-    for row in rows:
-        ours = next((one for one in rows if one.shop == row.shop and one.model == US), None)
-        if ours and ours.runs and row.runs and row is not ours:
-            row.ahead = {"ratio": ours.mean("ndcg@10") / max(row.mean("ndcg@10"), 1e-12)}
-            row.ahead["ratio_interval"] = ratio_interval(ours.gain_U(), row.gain_U())
-
-
-def spread(runs: Sequence[Run]) -> float:
-    """Standard deviation of NDCG@10 over seeds; 0 of one."""
-    return statistics.stdev(run.figures["test"]["ndcg@10"] for run in runs) if len(runs) > 1 else 0.0
-
-
-def _median(runs: Sequence[Run], name: str) -> float | None:
-    known = [run.cost[name] for run in runs if name in run.cost]
-    return statistics.median(known) if known else None
-
-
-def table(rows: Sequence[Row]) -> str:
-    """All rows as Markdown."""
-    lines = [
-        "| set | model | seeds | NDCG@10 | 95% of users | HR@10 | validation | rayrec is | 95%, paired | CPU s | MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if not row.runs:
-            lines.append(f"| {row.shop} | {row.model} | | {row.trouble} | | | | | | | |")
-            continue
-        body = row.body()
-        low, high = body["interval"]
-        cells = [
-            row.shop, row.model, str(len(row.runs)),
-            f"{body['test_ndcg@10']:.4f}" + (f" ± {body['spread']:.4f}" if len(row.runs) > 1 else ""),
-            f"{low:.4f} to {high:.4f}", f"{body['test_hr@10']:.4f}", f"{body['valid_ndcg@10']:.4f}",
-            f"{body['ratio']:.2f} times" if "ratio" in body else "",
-            "{:.2f} to {:.2f}".format(*body["ratio_interval"]) if "ratio" in body else "",
-            _whole(body["cost"]["cpu_s"]), _whole(body["cost"]["peak_mib"]),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _whole(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """NDCG@10 of every model with its interval over users, a panel for each data set, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shops = list(dict.fromkeys(row.shop for row in rows))
-    figure = Figure(figsize=(6 * max(1, len(shops)), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, shop in zip(figure.subplots(1, max(1, len(shops)), squeeze=False)[0], shops, strict=True):
-        chosen = [row for row in rows if row.shop == shop and row.runs][::-1]
-        means = np.array([row.mean("ndcg@10") for row in chosen])
-        edges = np.array([interval(row.gain_U()) for row in chosen]).reshape(-1, 2).T
-        colours = ["#c44e00" if row.model == US else "#8a8f98" for row in chosen]
-        axis.barh([row.model for row in chosen], means, xerr=np.abs(edges - means), color=colours, capsize=3)
-        axis.set_title(f"{shop}: NDCG@10, test")
-        axis.grid(axis="x", alpha=0.3)
-    figure.savefig(str(path), dpi=110)

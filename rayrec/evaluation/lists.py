@@ -16,7 +16,7 @@ from rayrec.evaluation.replay import ANSWER_SCHEMA, ReplaySettings, Visitors, ta
 from rayrec.history import Ints
 
 LIST_SCHEMA = pa.schema([pa.field("user_id", pa.string()), pa.field("items", pa.list_(pa.int64()))])
-"""items: item indices, the best first."""
+"""items: item indices, the best first. More columns, as the items' scores, are not read."""
 
 
 def answers_of_lists(lists: Mapping[str, pa.Table], sequences: pa.Table, settings: ReplaySettings) -> pa.Table:

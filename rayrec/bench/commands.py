@@ -1,0 +1,111 @@
+"""`rayrec bench NAME`: words to calls, as `rayrec.cli` does for all else. Nothing heavy is imported early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rayrec.errors import UsageError
+from rayrec.options import Json, Set, print_json
+
+bench_app = typer.Typer(help="Measure rayrec against other ways of doing the same.", no_args_is_help=True)
+
+Events = Annotated[int, typer.Option(min=1000, help="Events of the data that is made for it.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are reported.")]
+
+
+@bench_app.command("prepare")
+def bench_prepare(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
+    """Cleaning against pandas doing the same in one process."""
+    from rayrec.bench.prepare import run
+
+    _show(run(events, rounds), as_json)
+
+
+@bench_app.command("train")
+def bench_train(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
+    """Ray Train with one worker against the same loop in plain torch."""
+    from rayrec.bench.training import run
+
+    _show(run(events, rounds), as_json)
+
+
+@bench_app.command("images")
+def bench_images(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
+    """Each distinct picture of a batch once against a picture beside every row."""
+    from rayrec.bench.pictures import run
+
+    _show(run(events, rounds), as_json)
+
+
+@bench_app.command("quality")
+def bench_quality(
+    datasets: Annotated[list[str], typer.Argument(metavar="DATASET...", help="Prepared datasets.")],
+    out: Annotated[Path, typer.Option(help="Where runs are kept, and the table and picture written.")],
+    model: Annotated[list[str] | None, typer.Option(help="Only these models; repeatable. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model with its chosen settings.")] = 3,
+    minutes: Annotated[float, typer.Option(min=0, help="CPU minutes of a peer's training; 0 is no limit.")] = 0,
+    settings: Annotated[int, typer.Option(min=0, help="Of each peer's, at most; 0 is all.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Lists of rayrec and of other libraries before one judge; goes on where it was stopped."""
+    from rayrec.bench.peer_runs import PEERS
+    from rayrec.bench.quality import FLOORS, US, run
+
+    _show(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes, settings), as_json)
+
+
+@bench_app.command("cold")
+def bench_cold(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset with pictures.")],
+    out: Annotated[Path, typer.Option(help="Where runs are kept, and the tables written.")],
+    share: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of known items that become cold.")] = 0.1,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="Values of model.image_backbone to compare; repeatable.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these variants; repeatable. Default: all.")] = None,
+    raw: Annotated[Path | None, typer.Option(help="The sample shop of the dataset: its oracle is judged too.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """What pictures are worth for items without events, and for known ones; goes on where it was stopped."""
+    from rayrec.bench.cold import run
+
+    result = run(
+        dataset, out, share=share, seeds=seeds, backbones=backbone or ["scratch"], only=only or [], raw=raw,
+        settings=set_ or [],
+    )  # fmt: skip
+    _show(result, as_json)
+
+
+@bench_app.command("degrade")
+def bench_degrade(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset; it is the clean one.")],
+    out: Annotated[Path, typer.Option(help="Where runs are kept, and the table and picture written.")],
+    kinds: Annotated[str | None, typer.Option(help="Only these kinds of damage, comma-separated.")] = None,
+    shares: Annotated[str, typer.Option(help="How much is damaged, comma-separated.")] = "0.1,0.3,0.5",
+    seeds: Annotated[int, typer.Option(min=1, help="Damages and trainings of each kind and share.")] = 1,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """NDCG@10 over missing and noisy data, with each remedy off and on; goes on where it was stopped."""
+    from rayrec.bench.degrade import KINDS, run
+    from rayrec.cluster import disconnect
+
+    try:
+        amounts = [float(share) for share in shares.split(",")]
+    except ValueError:
+        raise UsageError(f"--shares {shares}: write numbers with commas between, for example 0.1,0.3,0.5") from None
+    try:
+        result = run(dataset, out, kinds.split(",") if kinds else list(KINDS), amounts, seeds, set_ or [])
+    finally:
+        disconnect()
+    _show(result, as_json)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
