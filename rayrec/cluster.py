@@ -50,7 +50,7 @@ def connect(num_cpus: int | None = None, env: Mapping[str, str] | None = None, *
                 num_cpus=(num_cpus or max(LEAST_CPUS, os.cpu_count() or 1)) if address == "local" else None,
                 runtime_env={"env_vars": dict(env)} if env and address != "local" else None,
             )
-    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises no narrower kind where a node takes too long to start
         what = "start a local Ray" if address == "local" else f"reach the Ray cluster at {address} (RAY_ADDRESS)"
         raise ResourceError(f"cannot {what}: {error}") from None
     _connected_here = True

@@ -72,6 +72,20 @@ def nothing_but(folder: Path, *names: str) -> None:
     assert {entry.name for entry in folder.iterdir()} == set(names)
 
 
+def test_a_ray_that_does_not_start(rayrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray raises on a machine that is too busy is no more than an Exception."""
+
+    def too_slow(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("rayrec.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("rayrec.cluster.ray.init", too_slow)
+    raw = shop(tmp_path, HEADER + ROWS)
+    refused(rayrec("prepare", raw, tmp_path / "dataset"), FAILED, "cannot start a local Ray", "timed out")
+    nothing_but(tmp_path, "shop")
+
+
 # ---------------------------------------------------------------- input that is not there, or not what it should be
 
 
