@@ -170,3 +170,20 @@ def test_the_hour_of_a_visit_changes_nothing(items: ItemTable, vector_ND: torch.
     torch.testing.assert_close(
         features(items, vector_ND, history, candidate_BC), features(items, vector_ND, later, candidate_BC)
     )
+
+
+def test_what_an_action_teaches_does_not_pull_at_next(items: ItemTable, vector_ND: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    fusion = Fusion(tinyshop.tiny().model)
+    with torch.no_grad():
+        fusion.out.weight.normal_()
+    history, candidate_BC = past([(1, "view"), (2, "cart")]), torch.arange(1, 21)[None]
+    logit_BCH = fusion(
+        items, history, torch.randn(1, WIDTH), candidate_BC, vector_ND, torch.rand(1, 20, FOLLOW_FEATURES)
+    )
+    logit_BCH[0, 3, 1:].sum().backward()
+    moved = {name: p.grad for name, p in fusion.named_parameters() if p.grad is not None and p.grad.any()}
+    assert set(moved) == {"linear.weight", "linear.bias", "out.weight", "out.bias"}
+    for grad in moved.values():
+        assert not grad[0].any()
+        assert grad[1:].any()

@@ -113,6 +113,7 @@ def test_every_epoch_is_in_the_bundle_and_in_tensorboard(alone: Bundle, bundles:
     assert [(line["stage"], line["epoch"]) for line in history] == [
         *[("retrieval", n) for n in range(3)],
         ("fusion", 0),
+        *[("refit", n) for n in range(2)],
     ]
     assert (alone.path / "curves.png").read_bytes().startswith(b"\x89PNG")
     logs = list((bundles / "tensorboard").rglob("events.out.tfevents.*"))

@@ -64,10 +64,14 @@ class Fusion(nn.Module):
         """
         vector_BCD, past_BLD = vector_ND[candidate_BC], vector_ND[history.item_BL]
         feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BCF)
-        own_BCH = self.linear(feature_BCF) + self.out(self.hidden(feature_BCF))
-        # Without gradient: what a rare action teaches would else pull at the order of "next".
-        shared_BC1 = own_BCH[..., :1].detach()
-        return torch.cat([own_BCH[..., :1], shared_BC1 + own_BCH[..., 1:]], -1)
+        hidden_BCW = self.hidden(feature_BCF)
+        next_BC1 = self._own(feature_BCF, hidden_BCW)[..., :1]
+        # What a rare action teaches must not pull at "next": it moves its own weights alone.
+        difference_BCH = self._own(feature_BCF.detach(), hidden_BCW.detach())[..., 1:]
+        return torch.cat([next_BC1, next_BC1.detach() + difference_BCH], -1)
+
+    def _own(self, feature_BCF: Tensor, hidden_BCW: Tensor) -> Tensor:
+        return self.linear(feature_BCF) + self.out(hidden_BCW)
 
     def features(
         self,
