@@ -33,7 +33,7 @@ from rayrec.errors import UsageError
 from rayrec.evaluation.judge import cold_items
 from rayrec.evaluation.metrics import ndcg
 from rayrec.evaluation.oracle import oracle_figures
-from rayrec.evaluation.replay import ReplaySettings, replay
+from rayrec.evaluation.replay import ReplaySettings, replay, users_at_once
 from rayrec.model.recommender import build
 from rayrec.model.scorer import Scorer
 from rayrec.progress import step
@@ -46,7 +46,6 @@ PARTS = {
     "known": "known items, among all",
 }
 ITEM_SEED = 0
-SCORES_AT_ONCE = 20_000_000
 Settings = dict[str, Any]
 
 
@@ -188,7 +187,7 @@ class Shop:
         n_items = len(self.catalogue)
         return ReplaySettings(
             "test", n_items, self.dataset.clock, max_len,
-            batch=max(1, min(256, SCORES_AT_ONCE // (n_items + 1))),
+            batch=users_at_once(n_items),
             protocols=("metrics", "cold"), cold=cold_items(self.catalogue),
         )  # fmt: skip
 

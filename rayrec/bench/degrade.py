@@ -30,13 +30,13 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.pipelines import prepare
 from rayrec.errors import UsageError
 from rayrec.evaluation import ReplaySettings, replay, summarise
+from rayrec.evaluation.replay import users_at_once
 from rayrec.history import Ints
 from rayrec.progress import step
 from rayrec.serving.scorer import load_scorer
 from rayrec.training.trainer import train
 
 CLEAN = "clean"
-SCORES_AT_ONCE = 20_000_000
 FIGURES = ("metrics", "next")
 
 
@@ -214,7 +214,7 @@ class Bench:
         ids = ["", *self.goods.items["item_id"].to_pylist()]
         index_N = np.array([catalogue.index.get(item_id, 0) for item_id in ids])
         asked = renumbered(sequences, index_N)
-        batch = max(1, min(256, SCORES_AT_ONCE // (len(catalogue) + 1)))
+        batch = users_at_once(len(catalogue))
         max_len = bundle.config.model.max_len
         settings = ReplaySettings("test", len(catalogue), self.dataset.clock, max_len, batch, FIGURES)
         body = summarise(replay({"model": load_scorer(bundle)}, asked, settings), catalogue, settings)

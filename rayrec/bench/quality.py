@@ -35,7 +35,7 @@ from rayrec.evaluation.floors import Ranker
 from rayrec.evaluation.judge import floor_makers
 from rayrec.evaluation.lists import answers_of_lists
 from rayrec.evaluation.metrics import Scores, ndcg
-from rayrec.evaluation.replay import Question, ReplaySettings, Split, Visitors, replay, target_places
+from rayrec.evaluation.replay import Question, ReplaySettings, Split, Visitors, replay, target_places, users_at_once
 from rayrec.history import HistoryBatch, Ints
 from rayrec.progress import step
 from rayrec.serving.scorer import load_scorer
@@ -43,7 +43,6 @@ from rayrec.serving.scorer import load_scorer
 US = "rayrec"
 FLOORS = ("popular", "markov")
 MIXED = " + markov"
-SCORES_AT_ONCE = 20_000_000
 LENGTH = 100
 """Of the lists; a rank beyond is kept as one more."""
 
@@ -135,7 +134,7 @@ class Shop:
 
     def judging(self, split: Split, max_len: int = 1) -> ReplaySettings:
         """How every model is asked."""
-        batch = max(1, min(256, SCORES_AT_ONCE // (self.n_items + 1)))
+        batch = users_at_once(self.n_items)
         return ReplaySettings(split, self.n_items, self.dataset.clock, max_len, batch, ("metrics",))
 
     def run(self, model: str, settings: Settings, seed: int) -> Run:

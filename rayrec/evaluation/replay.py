@@ -32,6 +32,9 @@ item against NEGATIVES sampled ones."""
 
 NEGATIVES = 100
 
+SCORES_AT_ONCE = 20_000_000
+"""Scores that a worker holds at a time; with what is derived from them about a gigabyte."""
+
 ANSWER_SCHEMA = pa.schema(
     [
         pa.field("ranker", pa.string(), nullable=False),
@@ -64,6 +67,11 @@ class ReplaySettings:
     seed: int = 0
     hash_limit: int = 2**64
     cold: tuple[int, ...] = ()
+
+
+def users_at_once(n_items: int) -> int:
+    """A `batch` of at most 256 users, and of at most SCORES_AT_ONCE scores."""
+    return max(1, min(256, SCORES_AT_ONCE // (n_items + 1)))
 
 
 def replay(rankers: Mapping[str, Ranker], sequences: pa.Table, settings: ReplaySettings) -> pa.Table:

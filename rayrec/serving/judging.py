@@ -15,13 +15,10 @@ from rayrec.cluster import connect
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError, UsageError, writing
 from rayrec.evaluation import evaluate
-from rayrec.evaluation.replay import Split
+from rayrec.evaluation.replay import Split, users_at_once
 from rayrec.evaluation.report import write_report
 from rayrec.progress import timed
 from rayrec.serving.scorer import scorer_maker
-
-SCORES_AT_ONCE = 20_000_000
-"""Scores that a worker holds at a time; with what is derived from them about a gigabyte."""
 
 
 def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None = None) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None
             "evaluate it on the dataset it was trained on, or train again"
         )
     connect(dashboard=False)
-    batch = max(1, min(256, SCORES_AT_ONCE // (n_items + 1)))
+    batch = users_at_once(n_items)
     with timed(f"evaluate: {split} split, full ranking over {n_items} items"):
         result = evaluate(
             scorer_maker(str(bundle.path)), dataset, split, max_len=bundle.config.model.max_len, batch=batch
