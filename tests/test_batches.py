@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from rayrec.data.dataset import Dataset
 from rayrec.history import encode_history
-from rayrec.model.recommender import Recommender, build
+from rayrec.model.recommender import Lists, Recommender, build
 from rayrec.model.scorer import Scorer
 from rayrec.schema import ACTION_CODE, ACTIONS
-from rayrec.training.batches import ListCollate, NextItemCollate, PairCollate, history_of, minibatches
+from rayrec.training.batches import KeptBatches, ListCollate, NextItemCollate, PairCollate, history_of, minibatches
 from rayrec.training.survey import survey
 from rayrec.training.windows import examples, next_item_windows, only_read
 
@@ -175,3 +176,49 @@ def test_pairs_are_the_target_and_items_at_random(dataset: Dataset) -> None:
                 right[int(np.flatnonzero(same)[0]), int(item)] += 1
     assert right == Counter(enumerate(rows["target"].to_pylist()))
     assert len(next(PairCollate(10, "time", 40, 2, CPU)(rows, np.random.default_rng(0)))) == 8
+
+
+# ---------------------------------------------------------------- kept batches
+
+
+@pytest.fixture
+def made(dataset: Dataset, scorer: Scorer) -> tuple[KeptBatches, list[int]]:
+    """Batches of lists, and how many were made in each epoch."""
+    rows, counts = examples(dataset.sequences(), 6, 0.3), list[int]()
+    collate = ListCollate(scorer, CPU)
+
+    def make(rng: np.random.Generator) -> Iterator[Lists]:
+        counts.append(0)
+        for part in minibatches([rows], 8, rng):
+            counts[-1] += 1
+            yield collate(part)
+
+    return KeptBatches(make), counts
+
+
+def order(batches: KeptBatches, epoch: int) -> list[int]:
+    return [id(batch) for batch in batches(np.random.default_rng(epoch))]
+
+
+def test_kept_batches_are_made_once_and_come_in_another_order(made: tuple[KeptBatches, list[int]]) -> None:
+    batches, counts = made
+    first, second, third = (order(batches, epoch) for epoch in range(3))
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert len({*map(tuple, (first, second, third))}) == 3
+    assert counts == [len(first)]
+
+
+def test_batches_that_do_not_fit_are_made_anew(
+    made: tuple[KeptBatches, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, counts = made
+    size_bytes = next(batches(np.random.default_rng(0))).nbytes
+    monkeypatch.setattr("rayrec.training.batches.KEPT_BYTES", 2 * size_bytes)
+    assert len(order(batches, 0)) == len(order(batches, 1)) == counts[-1] > 2
+
+
+def test_an_epoch_cut_short_keeps_nothing(made: tuple[KeptBatches, list[int]]) -> None:
+    batches, counts = made
+    next(batches(np.random.default_rng(0)))
+    whole = order(batches, 1)
+    assert counts == [1, len(whole)]

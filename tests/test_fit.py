@@ -25,7 +25,7 @@ from rayrec.model.scorer import Scorer
 from rayrec.schema import HEADS, SEQUENCE_SCHEMA
 from rayrec.training.batches import history_of
 from rayrec.training.calibrate import _platt, calibrate
-from rayrec.training.fit import Fit, Job
+from rayrec.training.fit import Fit, Job, Stage
 from rayrec.training.local import Alone, LocalFeed, train_alone
 from rayrec.training.survey import survey
 from rayrec.training.windows import examples
@@ -209,7 +209,8 @@ def test_the_papers_model_trains_and_counts_pairs(tmp_path: Path) -> None:
     assert [(line["stage"], line["samples"], line["steps"]) for line in fit.history] == [("pairs", 8, 2)]
     assert np.isfinite(losses(fit, "pairs")).all()
     fit.job = dataclasses.replace(job, config=with_settings(PAPER, ["train.max_samples=0"]))
-    assert fit._steps("pairs") == -(-rows["pairs"] * 5 // 4), "four negatives a positive, in batches of four"
+    stage = Stage("pairs", 1, PAPER.train.batch_size, PAPER.train.lr)
+    assert fit._steps(stage) == -(-rows["pairs"] * 5 // 4), "four negatives a positive, in batches of four"
 
 
 def test_visitors_too_short_to_teach_the_fusion(tmp_path: Path) -> None:

@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def full_softmax(user_PD: Tensor, target_PD: Tensor, item_ND: Tensor, allowed_N: Tensor) -> Tensor:
-    """Cross-entropy over the whole catalogue, mean over positions.
+class _LogSumExp(torch.autograd.Function):
+    """The log of the sum of exp(user . item) over items: [P, D], [N, D] -> [P] float32.
 
-    target_PD: vectors of the right items. allowed_N: [N] bool; other items are no candidates, so that items without
-    training events are not taught to be bad. With cross-entropy over many negatives recurrent models compete with
-    transformers (Hidasi and Karatzoglou 2018; Klenitskiy and Vasilev 2023).
+    One matrix of P x N in all: the scores turn into exponentials where they lie, and the gradients are products with
+    those. Built of torch's own functions it would be five, which is most of a step where catalogues are large.
     """
-    score_PN = (user_PD @ item_ND.T).masked_fill(~allowed_N, float("-inf"))
-    return (score_PN.logsumexp(1) - (user_PD * target_PD).sum(1)).mean()
+
+    @staticmethod
+    def forward(ctx: Any, user_PD: Tensor, item_ND: Tensor) -> Tensor:
+        score_PN = user_PD @ item_ND.T
+        kind = score_PN.dtype  # bf16 under autocast: what is kept, and the products of the backward pass
+        score_PN = score_PN.float()
+        most_P1 = score_PN.amax(1, keepdim=True)
+        exp_PN = score_PN.sub_(most_P1).exp_()
+        sum_P1 = exp_PN.sum(1, keepdim=True)
+        ctx.save_for_backward(user_PD, item_ND, exp_PN.to(kind), sum_P1)
+        return (most_P1 + sum_P1.log()).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        user_PD, item_ND, exp_PN, sum_P1 = ctx.saved_tensors
+        share_P1 = grads[0][:, None] / sum_P1
+        user_grad_PD = (exp_PN @ item_ND.to(exp_PN.dtype)) * share_P1
+        item_grad_ND = exp_PN.T @ (user_PD * share_P1).to(exp_PN.dtype)
+        return user_grad_PD.to(user_PD.dtype), item_grad_ND.to(item_ND.dtype)
+
+
+def full_softmax(user_PD: Tensor, target_PD: Tensor, item_ND: Tensor) -> Tensor:
+    """Cross-entropy over all of `item_ND`, mean over positions.
+
+    target_PD: vectors of the right items, which are among `item_ND` but may differ by dropout. Items without training
+    events are best left out of `item_ND`: they would be taught to be bad. With cross-entropy over many negatives
+    recurrent models compete with transformers (Hidasi and Karatzoglou 2018; Klenitskiy and Vasilev 2023).
+    """
+    log_sum_P: Tensor = _LogSumExp.apply(user_PD, item_ND)  # type: ignore[no-untyped-call]
+    return (log_sum_P - (user_PD * target_PD).sum(1)).mean()
 
 
 def sampled_softmax(

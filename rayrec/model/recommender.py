@@ -59,6 +59,12 @@ class Lists:
     def __len__(self) -> int:
         return len(self.target_B)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        own = (self.candidate_BC, self.follow_BCF, self.target_B, self.action_B)
+        return sum(tensor.nbytes for tensor in (*own, *vars(self.history).values()))
+
 
 class Recommender(nn.Module):
     """Retrieval by inner product (item encoder and LSTM), then fusion over what was retrieved."""
@@ -94,15 +100,16 @@ class Recommender(nn.Module):
         n_past = past_BL.numel()
         used = torch.cat([past_BL.flatten(), target_P])
         negative_M = self.sampler(self.sampled).to(target_P.device) if self.sampled else None
-        read_ND, other_ND = self._pictures(used, self._warm() if negative_M is None else negative_M)
+        other_M = self._warm() if negative_M is None else negative_M
+        read_ND, other_ND = self._pictures(used, other_M)
         row_R, place = used.unique(return_inverse=True)
         used_D = self.item_encoder(self.items, row_R, read_ND)[place]
         user_BLD = self.behaviour(used_D[:n_past].view(*past_BL.shape, -1), batch.history)
         user_PD, target_PD = user_BLD[real_BL], used_D[n_past:]
-        other_D = self.item_encoder(self.items, negative_M, other_ND)
+        other_MD = self.item_encoder(self.items, other_M, other_ND)
         if negative_M is None:
-            return full_softmax(user_PD, target_PD, other_D, self.items.warm_N)
-        scored = (user_PD, target_PD, other_D, target_P, negative_M)
+            return full_softmax(user_PD, target_PD, other_MD)
+        scored = (user_PD, target_PD, other_MD, target_P, negative_M)
         if self.config.train.loss == "bpr_max":
             return bpr_max(*scored)
         if self.config.train.loss == "gbce":

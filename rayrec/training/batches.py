@@ -5,7 +5,7 @@ In: tables of `windows`. Out: what a model's `forward` takes. It must not know w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -94,6 +94,37 @@ class ListCollate:
             move(hit_BC.argmax(1)),
             move(np.asarray(rows["target_action"], np.int64)),
         )
+
+
+KEPT_BYTES = 1 << 30
+
+
+class KeptBatches:
+    """Batches whose making is dear and that are the same in every epoch: made in the first, shuffled in the next ones.
+
+    make: an epoch's batches, by its randomness. What does not fit KEPT_BYTES, or was not asked to its end, is made
+    anew each time.
+    """
+
+    def __init__(self, make: Callable[[np.random.Generator], Iterator[Lists]]) -> None:
+        self.make = make
+        self.kept: list[Lists] | None = None
+
+    def __call__(self, rng: np.random.Generator) -> Iterator[Lists]:
+        """The epoch's batches."""
+        if self.kept is not None:
+            yield from (self.kept[place] for place in rng.permutation(len(self.kept)))
+            return
+        kept: list[Lists] | None = []
+        size_bytes = 0
+        for batch in self.make(rng):
+            size_bytes += batch.nbytes
+            if kept is not None and size_bytes < KEPT_BYTES:
+                kept.append(batch)
+            else:
+                kept = None
+            yield batch
+        self.kept = kept
 
 
 class PairCollate:

@@ -29,7 +29,14 @@ from rayrec.followers import Followers
 from rayrec.model.paper import PaperModel
 from rayrec.model.recommender import Recommender, build
 from rayrec.model.scorer import Scorer
-from rayrec.training.batches import PAPER_NEGATIVES, ListCollate, NextItemCollate, PairCollate, minibatches
+from rayrec.training.batches import (
+    PAPER_NEGATIVES,
+    KeptBatches,
+    ListCollate,
+    NextItemCollate,
+    PairCollate,
+    minibatches,
+)
 from rayrec.training.calibrate import calibrate
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, train_epoch
 from rayrec.training.warm_start import warm_start
@@ -51,6 +58,25 @@ class Job:
     rows: dict[str, int]
     start_from: str | None = None
     keep: Path | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage is trained.
+
+    lr: at its highest. by_validation: its best epoch counts, and it stops where there is none for a while; else the
+    last epoch counts, for what validation does not ask.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    by_validation: bool = True
+
+
+Batches = Callable[[np.random.Generator], Iterator[Any]]
+"""An epoch's batches, by its randomness."""
 
 
 class Feed(Protocol):
@@ -110,7 +136,7 @@ class Fit:
         train = self.job.config.train
         saved = self._restore()
         if isinstance(self.model, PaperModel):
-            self._stage("pairs", train.epochs, saved, lambda rows, rng: self._pairs(rows, rng))
+            self._stage(Stage("pairs", train.epochs, train.batch_size, train.lr), saved, self._pairs)
         else:
             self._two_stages(self.model, saved)
         vector_ND = self.model.encode_items().cpu().numpy()
@@ -120,91 +146,89 @@ class Fit:
         """Retrieval, the fusion over what it returns, and retrieval once more with what was withheld for the fusion."""
         train, device = self.job.config.train, self.peers.device
         windows = NextItemCollate(model.config.model.max_len, self.dataset.clock, device, device.type == "cuda")
-        self._stage("retrieval", train.epochs, saved, self._rows_to(windows, train.batch_size))
+        retrieval = Stage("retrieval", train.epochs, train.batch_size, train.lr)
+        self._stage(retrieval, saved, self._rows_to(windows, retrieval))
         if not (saved and "fusion" in saved["finished"]):
+            fusion = Stage("fusion", train.fusion_epochs, train.fusion_batch_size, train.lr)
             model.vector_ND = model.encode_items()
-            lists = ListCollate(self._scorer(), device)
-            self._stage("fusion", train.fusion_epochs, saved, self._rows_to(lists, train.fusion_batch_size))
+            lists = KeptBatches(self._rows_to(ListCollate(self._scorer(), device), fusion))
+            self._stage(fusion, saved, lists)
             withheld = self.feed.chunks("fusion", np.random.default_rng(train.seed))
             calibrate(model, self._scorer(), withheld, train.seed)  # the refit will know them by heart
             model.vector_ND = None
-        self._stage("refit", train.refit_epochs, saved, self._rows_to(windows, train.batch_size))
+        refit = Stage("refit", train.refit_epochs, train.batch_size, train.refit_lr, by_validation=False)
+        self._stage(refit, saved, self._rows_to(windows, refit))
 
-    def _stage(self, stage: str, epochs: int, saved: dict[str, Any] | None, make: Callable[..., Iterator[Any]]) -> None:
+    def _stage(self, stage: Stage, saved: dict[str, Any] | None, batches: Batches) -> None:
         """Train one stage to its end, and leave its best weights in the model."""
-        if not epochs or (saved and stage in saved["finished"]):
+        if not stage.epochs or (saved and stage.name in saved["finished"]):
             return
-        train = self.job.config.train
-        if stage == "refit":
-            train = train.model_copy(update={"lr": train.refit_lr})
-        parameters = list(self.model.stage_parameters(stage))
+        train = self.job.config.train.model_copy(update={"lr": stage.lr})
+        parameters = list(self.model.stage_parameters(stage.name))
         chosen = {id(parameter) for parameter in parameters}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         steps = self._steps(stage)
         learner = Learner(
-            self.peers.wrap(self.model), parameters, train, epochs * steps, self.peers.device,
+            self.peers.wrap(self.model), parameters, train, stage.epochs * steps, self.peers.device,
             slow=self.model.pretrained_parameters(),
         )  # fmt: skip
         stopper, first = EarlyStop(train.patience), 0
         best = {name: value.clone() for name, value in self.model.state_dict().items()}
-        if saved and saved["stage"] == stage:
+        if saved and saved["stage"] == stage.name:
             learner.restore(saved["learner"])
             stopper, first, best = EarlyStop(train.patience, *saved["stopper"]), saved["epoch"] + 1, saved["best"]
-        elif stage == "fusion":
+        elif stage.name == "fusion":
             stopper.better(score(self._validate(stage)))  # the fusion must beat plain retrieval
         self.model.refresh()
-        for epoch in range(first, epochs):
-            if stopper.stop and stage != "refit":
+        for epoch in range(first, stage.epochs):
+            if stopper.stop and stage.by_validation:
                 break
-            rng = np.random.default_rng([train.seed, len(stage), epoch, self.peers.rank])
+            rng = np.random.default_rng([train.seed, len(stage.name), epoch, self.peers.rank])
             torch.manual_seed(int(rng.integers(2**31)))
-            batches = make(self.feed.chunks(stage, rng), rng)
-            if train.max_samples:
-                batches = islice(batches, steps)
-            stats = train_epoch(learner, stage, epoch, batches, partial(self.peers.step, stage, epoch, steps))
+            given = islice(batches(rng), steps if train.max_samples else None)
+            stats = train_epoch(learner, stage.name, epoch, given, partial(self.peers.step, stage.name, epoch, steps))
             metrics = self._validate(stage)
-            if stopper.better(score(metrics)) or stage == "refit":  # it is there for what validation does not ask
+            if stopper.better(score(metrics)) or not stage.by_validation:
                 best = {name: value.clone() for name, value in self.model.state_dict().items()}
             self._report(stats, metrics, learner, stopper, best)
         self.model.load_state_dict(best)
 
-    def _rows_to(
-        self, collate: Callable[[pa.Table], Any], batch_size: int
-    ) -> Callable[[Iterator[pa.Table], Any], Iterator[Any]]:
-        """What turns a stage's chunks of rows into its batches."""
-        return lambda chunks, rng: map(collate, minibatches(chunks, batch_size, rng))
+    def _rows_to(self, collate: Callable[[pa.Table], Any], stage: Stage) -> Batches:
+        """What turns the stage's rows into its batches."""
 
-    def _pairs(self, chunks: Iterator[pa.Table], rng: np.random.Generator) -> Iterator[Any]:
+        def batches(rng: np.random.Generator) -> Iterator[Any]:
+            return map(collate, minibatches(self.feed.chunks(stage.name, rng), stage.batch_size, rng))
+
+        return batches
+
+    def _pairs(self, rng: np.random.Generator) -> Iterator[Any]:
         config = self.job.config
         collate = PairCollate(
             config.model.max_len, self.dataset.clock, len(self.catalogue), config.train.negatives, self.peers.device
         )
-        for rows in minibatches(chunks, config.train.batch_size, rng, bucket=False):
+        for rows in minibatches(self.feed.chunks("pairs", rng), config.train.batch_size, rng, bucket=False):
             yield from collate(rows, rng)
 
-    def _steps(self, stage: str) -> int:
+    def _steps(self, stage: Stage) -> int:
         """Steps of an epoch: for the schedule and, with `max_samples`, the limit."""
         train = self.job.config.train
-        samples = self.job.rows[stage] // self.peers.world
-        if stage == "pairs":
+        samples = self.job.rows[stage.name] // self.peers.world
+        if stage.name == "pairs":
             samples *= 1 + (train.negatives or PAPER_NEGATIVES)
         if train.max_samples:
             samples = min(samples, -(-train.max_samples // self.peers.world))
-        return max(1, -(-samples // self._batch_size(stage)))
-
-    def _batch_size(self, stage: str) -> int:
-        train = self.job.config.train
-        return train.fusion_batch_size if stage == "fusion" else train.batch_size
+        return max(1, -(-samples // stage.batch_size))
 
     def _scorer(self, fused: bool = True) -> Scorer:
         vector_ND = self.model.encode_items().cpu().numpy()
         return Scorer(self.model, self.catalogue, vector_ND, self.job.followers, self.dataset.clock, fused=fused)
 
-    def _validate(self, stage: str) -> dict[str, float]:
+    def _validate(self, stage: Stage) -> dict[str, float]:
         """The first worker's judgement of the model as it stands, on every worker."""
         found = None
-        scorer = self._scorer(fused=stage != "retrieval")  # of every worker: it brings the table of pictures up to date
+        # Of every worker: it brings the table of pictures up to date.
+        scorer = self._scorer(fused=stage.name != "retrieval")
         if self.peers.rank == 0:
             settings = ReplaySettings(
                 split="valid",
