@@ -5,6 +5,7 @@ In: item rows, `HistoryTensors`. Out: vectors of width D. They must not know los
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,28 @@ def picture_encoder(config: ModelConfig) -> ImageCNN | PretrainedCNN:
     return PretrainedCNN(config.image_train, config.width)
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """Picture vectors that were encoded in this step, with gradient: [M] distinct items, [M, D].
+
+    scale: of their gradient.
+    """
+
+    item_M: Tensor
+    vector_MD: Tensor
+    scale: float = 1.0
+
+    def onto(self, vector_RD: Tensor, row_R: Tensor, n_rows: int) -> Tensor:
+        """The same values, with the gradient of those of `row_R` that are fresh."""
+        place_N = torch.full((n_rows,), -1, device=row_R.device)
+        place_N[self.item_M] = torch.arange(len(self.item_M), device=row_R.device)
+        place_R = place_N[row_R]
+        fresh_F = torch.nonzero(place_R >= 0).squeeze(1)
+        zero_MD = (self.vector_MD - self.vector_MD.detach()) * self.scale
+        # A sum into few rows: to index a whole table with gradient costs a sort of it.
+        return vector_RD.index_add(0, fresh_F, zero_MD[place_R[fresh_F]])
+
+
 class ItemEncoder(nn.Module):
     """An item's vector: id + picture + categories + brand + price bucket + title words, summed.
 
@@ -270,10 +293,10 @@ class ItemEncoder(nn.Module):
         for part_M in item_M.split(batch):
             self.image_ND[part_M] = self.images(items, part_M)
 
-    def forward(self, items: ItemTable, row_R: Tensor | None = None, image_ND: Tensor | None = None) -> Tensor:
+    def forward(self, items: ItemTable, row_R: Tensor | None = None, fresh: Fresh | None = None) -> Tensor:
         """Vectors of the items in `row_R` ([R] int64; all N + 1 if None). -> [R, D] float32; padding gives zeros.
 
-        image_ND: [N + 1, D] picture vectors to use in place of the table, some of them with gradient.
+        Picture vectors are the table's; those of `fresh`, which it has as well, pass a gradient on.
         """
         rows = torch.arange(len(items.brand_N), device=items.brand_N.device) if row_R is None else row_R
         vector_RD = torch.zeros(len(rows), self.config.width, device=rows.device)
@@ -283,7 +306,9 @@ class ItemEncoder(nn.Module):
                 keep_R = keep_R & (torch.rand(len(rows), device=rows.device) >= self.config.id_dropout)
             vector_RD = vector_RD + self.id(rows) * keep_R[:, None]
         if self.cnn is not None:
-            vector_RD = vector_RD + (self.image_ND if image_ND is None else image_ND)[rows]
+            vector_RD = vector_RD + self.image_ND[rows]
+            if fresh is not None:
+                vector_RD = fresh.onto(vector_RD, rows, len(self.image_ND))
         if self.config.use_attributes:
             vector_RD = vector_RD + self.category(items.category_NK[rows]) + self.title(items.title_NK[rows])
             vector_RD = vector_RD + self.brand(items.brand_N[rows]) + self.price(items.price_N[rows])

@@ -17,7 +17,7 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import SCRATCH, Config
 from rayrec.model.backbone import below, encode, pretrained, reading_size
 from rayrec.model.behaviour import Behaviour, HistoryTensors, last_BD
-from rayrec.model.encoders import ItemEncoder, ItemTable, PretrainedCNN, shrink
+from rayrec.model.encoders import Fresh, ItemEncoder, ItemTable, PretrainedCNN, shrink
 from rayrec.model.fusion import Fusion, teaches
 from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
@@ -101,12 +101,12 @@ class Recommender(nn.Module):
         used = torch.cat([past_BL.flatten(), target_P])
         negative_M = self.sampler(self.sampled).to(target_P.device) if self.sampled else None
         other_M = self._warm() if negative_M is None else negative_M
-        read_ND, other_ND = self._pictures(used, other_M)
+        fresh_used, fresh_other = self._pictures(used, other_M)
         row_R, place = used.unique(return_inverse=True)
-        used_D = self.item_encoder(self.items, row_R, read_ND)[place]
+        used_D = self.item_encoder(self.items, row_R, fresh_used)[place]
         user_BLD = self.behaviour(used_D[:n_past].view(*past_BL.shape, -1), batch.history)
         user_PD, target_PD = user_BLD[real_BL], used_D[n_past:]
-        other_MD = self.item_encoder(self.items, other_M, other_ND)
+        other_MD = self.item_encoder(self.items, other_M, fresh_other)
         if negative_M is None:
             return full_softmax(user_PD, target_PD, other_MD)
         scored = (user_PD, target_PD, other_MD, target_P, negative_M)
@@ -119,16 +119,16 @@ class Recommender(nn.Module):
     def _warm(self) -> Tensor:
         return torch.nonzero(self.items.warm_N).squeeze(1)
 
-    def _pictures(self, used_P: Tensor, other_M: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Picture vectors of all items twice, [N + 1, D]: for what was met and chosen, and for what might have been.
+    def _pictures(self, used_P: Tensor, other_M: Tensor) -> tuple[Fresh | None, Fresh | None]:
+        """Pictures encoded with gradient: of what was met and chosen, and of what might have been.
 
-        Pictures are encoded with gradient for `image_budget` items, half of them among `used_P`, half among
-        `other_M`; the rest comes from the table. The gradient of the others is scaled to the share in which the used
-        ones were drawn. With the used ones alone the CNN would learn to raise every picture's score: what is chosen
-        pulls up, and nothing pulls down.
+        They are `image_budget` items, half of them among `used_P`, half among `other_M`; the rest comes from the
+        encoder's table. The gradient of the others is scaled to the share in which the used ones were drawn. With the
+        used ones alone the CNN would learn to raise every picture's score: what is chosen pulls up, and nothing pulls
+        down.
         """
         encoder, budget = self.item_encoder, self.config.train.image_budget
-        if encoder.cnn is None or not budget:
+        if encoder.cnn is None or not budget or not len(self.items.picture_MX):
             return None, None
         if encoder.frozen_features:  # a projection is cheap: all that the step scores has a gradient
             budget = 2 * len(self.items.image_row_N)
@@ -137,12 +137,10 @@ class Recommender(nn.Module):
         used_M, used_share = self._some_with_picture(used_P, -(-budget // 2))
         other_M, other_share = self._some_with_picture(other_M, budget // 2)
         fresh_M, place = torch.cat([used_M, other_M]).unique(return_inverse=True)
-        fresh_MD = encoder.images(self.items, fresh_M)[place]
-        used_MD, other_MD = fresh_MD.split([len(used_M), len(other_M)])
-        scaled_MD = other_MD.detach() + (other_MD - other_MD.detach()) * (used_share / max(other_share, 1e-9))
-        encoder.image_ND[used_M], encoder.image_ND[other_M] = used_MD.detach(), other_MD.detach()
-        table_ND = encoder.image_ND
-        return table_ND.index_put((used_M,), used_MD), table_ND.index_put((other_M,), scaled_MD)
+        fresh_MD = encoder.images(self.items, fresh_M)
+        encoder.image_ND[fresh_M] = fresh_MD.detach()
+        used_MD, other_MD = fresh_MD[place].split([len(used_M), len(other_M)])
+        return Fresh(used_M, used_MD), Fresh(other_M, other_MD, used_share / max(other_share, 1e-9))
 
     def _some_with_picture(self, item_P: Tensor, n: int) -> tuple[Tensor, float]:
         """At most `n` distinct items that have a picture, at random, and which share of all those they are."""
