@@ -165,6 +165,8 @@ class ModelConfig(Settings):
     event_dropout: float = Field(0.0, ge=0, lt=1, description="share of events hidden in a training step")
     layer_norm: bool = Field(False, description="normalise what the encoder reads")
     id_dropout: float = Field(0.1, ge=0, lt=1, description="share of items whose id is hidden in a training step")
+    image_dropout: float = Field(0.0, ge=0, lt=1, description="the same of their pictures")
+    attribute_dropout: float = Field(0.0, ge=0, lt=1, description="the same of all their attributes")
     image_size: int = Field(32, ge=8, description="images are averaged down to this before the CNN")
     cnn_channels: tuple[int, ...] = (16, 32, 64)
     image_backbone: str = Field(

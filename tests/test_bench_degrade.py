@@ -82,13 +82,13 @@ def test_runs_are_kept_and_the_table_is_written(dataset: str, alone: list[Datase
     out = tmp_path / "out"
     wanted = ["lost-events", "noisy-images"]
     result = run(dataset, out, wanted, [0.5], 1, TINY)
-    assert len(alone) == 5, "clean, and two kinds with the remedy off and on"
+    assert len(alone) == 6, "clean, two kinds without a remedy, the first with its one and the second with its two"
     again = run(dataset, out, wanted, [0.5], 1, TINY)
-    assert len(alone) == 5
+    assert len(alone) == 6
     assert again == result
     (out / "runs" / sorted(path.name for path in (out / "runs").iterdir())[0]).unlink()
     run(dataset, out, wanted, [0.5], 1, TINY)
-    assert len(alone) == 6, "what is missing is run"
+    assert len(alone) == 7, "what is missing is run"
     assert (out / "table.md").read_text() == table(result["rows"])
     assert (out / "degrade.png").stat().st_size > 1000
     figures = [json.loads(path.read_text())["figures"] for path in (out / "runs").glob("*.json")]
@@ -135,7 +135,7 @@ def test_broken_events_are_filtered_where_the_remedy_is_on(dataset: str, tmp_pat
     runs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("broken*.json")]
     events = {one["remedy"]: one["figures"]["events"] for one in runs}
     free = len(degrade.free_events(Dataset.open(dataset).table("events"), PrepareConfig().sequences.actions))
-    assert events["on"]["read"] - events["on"]["kept"] == round(free / 2)
+    assert events["filter"]["read"] - events["filter"]["kept"] == round(free / 2)
     assert events["off"]["read"] - events["off"]["kept"] <= 1
     assert [row["kind"] for row in result["rows"]] == ["clean", "broken-events"]
 
@@ -158,15 +158,15 @@ def test_the_table_adds_up(tmp_path: Path) -> None:
     results = [
         one("clean", 0.0, "off", 0, 0.2), one("clean", 0.0, "off", 1, 0.4),
         one("bots", 0.1, "off", 0, 0.1), one("bots", 0.1, "off", 1, 0.2),
-        one("bots", 0.1, "on", 0, 0.3), one("bots", 0.1, "on", 1, 0.3),
-        one("lost-images", 0.5, "off", 0, 0.3),
+        one("bots", 0.1, "a", 0, 0.3), one("bots", 0.1, "a", 1, 0.3),
+        one("bots", 0.1, "b", 0, 0.0), one("bots", 0.1, "b", 1, 0.3),
     ]  # fmt: skip
     rows = summary(results)
-    assert rows[1]["metrics_off"] == pytest.approx(0.15)
+    assert rows[1]["off"]["metrics"] == pytest.approx(0.15)
     assert table(rows).splitlines()[2:] == [
-        "| clean | 0% | 0.3000 | 0.3000 |",
-        "| bots | 10% | 0.1500 (50%), 0.3000 (100%) | 0.1500 (50%), 0.3000 (100%) |",
-        "| lost-images | 50% | 0.3000 (100%), – | 0.3000 (100%), – |",
+        "| clean | 0% | – | 0.3000 | 0.3000 |",
+        "| bots | 10% | a | 0.1500 (50%), 0.3000 (100%) | 0.1500 (50%), 0.3000 (100%) |",
+        "| bots | 10% | b | 0.1500 (50%), 0.1500 (50%) | 0.1500 (50%), 0.1500 (50%) |",
     ]
     draw(rows, tmp_path / "degrade.png")
     draw(rows[:1], tmp_path / "nothing but clean.png")

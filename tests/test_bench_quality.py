@@ -15,7 +15,7 @@ from rayrec.bench import peer_runs, quality
 from rayrec.bench.paired import interval, p_value, ratio_interval
 from rayrec.bench.peer_runs import Peer, environment, export
 from rayrec.bench.quality import run
-from rayrec.bench.quality_table import table
+from rayrec.bench.quality_table import Row, Run, compare, table
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
 from rayrec.evaluation.judge import evaluate, floor_makers
@@ -41,7 +41,9 @@ for split in ("valid", "test"):
     scores = [[float(counts[item]) for item in one] for one in lists]
     table = pd.DataFrame({"user_id": asked["user_id"], "items": lists, "scores": scores})
     table.to_parquet(out / f"lists-{split}.parquet")
-(out / "facts.json").write_text(json.dumps({"version": "by-count 1", "train_cpu_s": 1.5, "lists_s": 2.0}))
+(out / "facts.json").write_text(json.dumps({
+    "version": "by-count 1", "train_cpu_s": 1.5, "lists_s": 2.0, "curve": [(10.0, 0.1), (20.0, 0.3), (30.0, 0.2)],
+}))
 """
 
 
@@ -84,6 +86,7 @@ def test_a_peer_is_judged_as_a_floor_of_the_same_mind(shop: Dataset, calls: Path
     assert "| tiny | by-count | 2 |" in (tmp_path / "out" / "table.md").read_text()
     assert peer["cost"]["list_ms"] == pytest.approx(1000 * 2.0 / (2 * 60), rel=0.2)
     assert markov["cost"]["list_ms"] > 0
+    assert (peer["best_after_s"], markov["best_after_s"]) == (20.0, None)
     assert mixed["model"] == "by-count + markov"
     assert mixed["seeds"] == [0, 1]
     assert mixed["valid_ndcg@10"] > max(peer["valid_ndcg@10"], 0.9 * markov["valid_ndcg@10"])
@@ -142,6 +145,21 @@ def test_the_time_that_we_took_beyond_the_limit_is_told(shop: Dataset, tmp_path:
     assert quality._note("rayrec", [ours], minutes=1) == "took 1.5 minutes of CPU; the others trained for 1 at most"
     assert quality._note("rayrec", [ours], minutes=2) == ""
     assert quality._note("rayrec", [ours], minutes=0) == ""
+
+
+def test_when_we_are_where_another_ends() -> None:
+    def row(*curves: list[tuple[float, float]]) -> Row:
+        figures = {split: {"ndcg@10": 0.25, "hr@10": 0.5} for split in ("valid", "test")}
+        runs = [Run({}, 0, figures, {"curve": curve}, np.array([1, 2, 3])) for curve in curves]
+        return Row("shop", 3, "rayrec", runs)
+
+    ours = row([(10.0, 0.1), (20.0, 0.3)], [(12.0, 0.3), (24.0, 0.2)])
+    other = Row("shop", 3, "other", row([(50.0, 0.25), (60.0, 0.2)]).runs)
+    compare([ours, other], "rayrec")
+    assert other.ahead["ours_there_s"] == 16.0, "the median over seeds"
+    assert other.best_after_s() == 50.0
+    assert ours.reaches_s(0.35) is None
+    assert row([(10.0, 0.1)], [(10.0, 0.3)]).reaches_s(0.25) is None, "not with every seed"
 
 
 def test_we_are_compared_user_by_user(shop: Dataset, calls: Path, tmp_path: Path, monkeypatch) -> None:
@@ -213,6 +231,8 @@ def test_usage(shop: Dataset, tmp_path: Path) -> None:
         run([shop.path], tmp_path / "out", ["nonsense"], seeds=1, minutes=0)
     with pytest.raises(UsageError, match="give each its own"):
         run([shop.path, shop.path], tmp_path / "out", ["popular"], seeds=1, minutes=0)
+    with pytest.raises(UsageError, match="did you mean 'epochs'"):
+        run([shop.path], tmp_path / "out", ["popular"], seeds=1, minutes=0, ours=["train.epoch=1"])
 
 
 def test_a_table_of_nothing_has_a_head() -> None:

@@ -184,6 +184,20 @@ def test_ids_are_hidden_in_training_only(catalogue: Catalogue) -> None:
     assert (model.item_encoder(model.items)[warm] != 0).any(1).all()
 
 
+@pytest.mark.parametrize("part", ["image", "attribute"])
+def test_parts_are_hidden_in_training_only(catalogue: Catalogue, part: str) -> None:
+    other = "use_attributes" if part == "image" else "use_image"
+    model = model_of(catalogue, f"model.{part}_dropout=0.5", "model.use_id=false", f"model.{other}=false")
+    whole_ND = model.encode_items()
+    model.train()
+    with torch.no_grad():
+        seen_ND = model.item_encoder(model.items)
+    had = whole_ND.any(1)
+    hidden = ~seen_ND[had].any(1)
+    assert 0.2 < float(hidden.float().mean()) < 0.8
+    torch.testing.assert_close(seen_ND[had][~hidden], whole_ND[had][~hidden])
+
+
 def test_items_without_attributes_have_an_id_alone(catalogue: Catalogue) -> None:
     bare = tinyshop.tiny("model.use_image=false", "model.use_attributes=false").model
     items = ItemTable(catalogue, np.empty(0, np.int64), np.empty((0, 8, 8, 3), np.uint8), 8)

@@ -48,13 +48,14 @@ def bench_quality(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model with its chosen settings.")] = 3,
     minutes: Annotated[float, typer.Option(min=0, help="CPU minutes of a peer's training; 0 is no limit.")] = 0,
     settings: Annotated[int, typer.Option(min=0, help="Of each peer's, at most; 0 is all.")] = 0,
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Lists of rayrec and of other libraries before one judge; goes on where it was stopped."""
     from rayrec.bench.peer_runs import PEERS
     from rayrec.bench.quality import FLOORS, US, run
 
-    _show(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes, settings), as_json)
+    _show(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes, settings, set_ or []), as_json)
 
 
 @bench_app.command("cold")

@@ -40,38 +40,48 @@ CLEAN = "clean"
 FIGURES = ("metrics", "next")
 
 
+OFF = "off"
+WAYS = (OFF, "on")
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A kind of damage, and the settings of prepare and train with its remedy off and on (none: there is none)."""
+    """A kind of damage, the settings of prepare and train without any remedy, and those of each remedy by its name."""
 
     damage: Damage
+    remedies: dict[str, tuple[str, ...]]
     off: tuple[str, ...] = ()
-    on: tuple[str, ...] = ()
-
-    @property
-    def remedies(self) -> tuple[str, ...]:
-        """The names of its two ways, or of the one."""
-        return ("off", "on") if self.on else ("off",)
 
 
 KINDS: dict[str, Kind] = {
-    "lost-events": Kind(damage.lose_events, (), ("model.id_dropout=0.3",)),
-    "broken-events": Kind(damage.break_events, (), ("clean.expected=[value]", "clean.max_missing=0.5")),
-    "bots": Kind(damage.add_bots, ("clean.bot_events_per_hour=0",), ("clean.bot_events_per_hour=1000",)),
+    "lost-events": Kind(damage.lose_events, {"id dropout": ("model.id_dropout=0.3",)}),
+    "broken-events": Kind(damage.break_events, {"filter": ("clean.expected=[value]", "clean.max_missing=0.5")}),
+    "bots": Kind(
+        damage.add_bots, {"bot removal": ("clean.bot_events_per_hour=1000",)}, off=("clean.bot_events_per_hour=0",)
+    ),
     "lost-attributes": Kind(
         damage.lose_attributes,
-        ("price.fill=none", "category.fill=none", "brand.fill=none"),
-        ("price.fill=median", "category.fill=mode", "brand.fill=mode"),
+        {
+            "filling": ("price.fill=median", "category.fill=mode", "brand.fill=mode"),
+            "attribute dropout": ("model.attribute_dropout=0.2",),
+        },
+        off=("price.fill=none", "category.fill=none", "brand.fill=none"),
     ),
-    "shuffled-attributes": Kind(damage.shuffle_attributes, ("price.smooth=none",), ("price.smooth=median",)),
-    "lost-images": Kind(damage.lose_images),
-    "noisy-images": Kind(damage.noise_images, ("images.denoise=none",), ("images.denoise=median",)),
+    "shuffled-attributes": Kind(
+        damage.shuffle_attributes,
+        {"price filter": ("price.smooth=median",), "attribute dropout": ("model.attribute_dropout=0.2",)},
+    ),
+    "lost-images": Kind(damage.lose_images, {"image dropout": ("model.image_dropout=0.2",)}),
+    "noisy-images": Kind(
+        damage.noise_images,
+        {"image filter": ("images.denoise=median",), "image dropout": ("model.image_dropout=0.2",)},
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run: what is damaged, with the remedy "on" or "off", under which seed, trained with which settings."""
+    """One run: what is damaged, with which remedy (or OFF), under which seed, trained with which settings."""
 
     kind: str
     share: float
@@ -83,7 +93,7 @@ class Plan:
     def name(self) -> str:
         """The name of its file; other settings have another."""
         digest = hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:8]
-        return f"{self.kind}-{self.share:g}-{self.remedy}-{self.seed}-{digest}"
+        return f"{self.kind}-{self.share:g}-{self.remedy.replace(' ', '-')}-{self.seed}-{digest}"
 
 
 def plans(kinds: Sequence[str], shares: Sequence[float], seeds: int, settings: Sequence[str]) -> Iterator[Plan]:
@@ -93,13 +103,12 @@ def plans(kinds: Sequence[str], shares: Sequence[float], seeds: int, settings: S
     if wrong := [share for share in shares if not 0 < share <= 1]:
         raise UsageError(f"--shares {', '.join(map(str, wrong))}: give shares above 0 and up to 1")
     for seed in range(seeds):
-        yield Plan(CLEAN, 0.0, "off", seed, tuple(settings))
+        yield Plan(CLEAN, 0.0, OFF, seed, tuple(settings))
         for kind in kinds:
             of_kind = KINDS[kind]
             for share in shares:
-                for remedy in of_kind.remedies:
-                    chosen = of_kind.on if remedy == "on" else of_kind.off
-                    yield Plan(kind, share, remedy, seed, (*chosen, *settings))
+                for remedy, chosen in {OFF: (), **of_kind.remedies}.items():
+                    yield Plan(kind, share, remedy, seed, (*of_kind.off, *chosen, *settings))
 
 
 def divided(settings: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -234,53 +243,42 @@ def renumbered(sequences: pa.Table, index_N: Ints) -> pa.Table:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a kind and share: NDCG@10, mean over seeds, with the remedy off and on, and that of the clean data."""
+    """One row a kind, share and remedy: NDCG@10, mean over seeds, with the remedy off and on, and of the clean data."""
 
-    def mean(kind: str, share: float, remedy: str, protocol: str) -> float | None:
+    def means(kind: str, share: float, remedy: str) -> dict[str, float]:
         found = [
-            one["figures"][protocol]["ndcg@10"]
-            for one in results
-            if (one["kind"], one["share"], one["remedy"]) == (kind, share, remedy)
+            one["figures"] for one in results if (one["kind"], one["share"], one["remedy"]) == (kind, share, remedy)
         ]
-        return float(np.mean(found)) if found else None
+        return {protocol: float(np.mean([one[protocol]["ndcg@10"] for one in found])) for protocol in FIGURES}
 
-    keys = dict.fromkeys((one["kind"], one["share"]) for one in results)
-    return [
-        {
-            "kind": kind,
-            "share": share,
-            **{
-                f"{protocol}_{remedy}": mean(kind, share, remedy, protocol)
-                for protocol in FIGURES
-                for remedy in ("off", "on")
-            },
-            **{f"{protocol}_clean": mean(CLEAN, 0.0, "off", protocol) for protocol in FIGURES},
-            "seeds": len({one["seed"] for one in results}),
-        }
-        for kind, share in keys
+    keys = dict.fromkeys((one["kind"], one["share"], one["remedy"]) for one in results)
+    seeds, clean = len({one["seed"] for one in results}), means(CLEAN, 0.0, OFF)
+    rows: list[dict[str, Any]] = [{"kind": CLEAN, "share": 0.0, "remedy": None, OFF: clean}]
+    rows += [
+        {"kind": kind, "share": share, "remedy": remedy, OFF: means(kind, share, OFF), "on": means(kind, share, remedy)}
+        for kind, share, remedy in keys
+        if remedy != OFF
     ]
+    return [{**row, CLEAN: clean, "seeds": seeds} for row in rows]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """All rows as Markdown: NDCG@10, and in brackets the share of the clean data's."""
     lines = [
-        "| damage | share | next new item: off, on | next item: off, on |",
-        "|---|---|---|---|",
+        "| damage | share | remedy | next new item: off, on | next item: off, on |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
+        ways = [] if row["kind"] == CLEAN else WAYS
         cells = [
-            ", ".join(_cell(row[f"{protocol}_{remedy}"], row[f"{protocol}_clean"]) for remedy in ("off", "on"))
+            ", ".join(_cell(row[way][protocol], row[CLEAN][protocol]) for way in ways) or f"{row[CLEAN][protocol]:.4f}"
             for protocol in FIGURES
         ]
-        if row["kind"] == CLEAN:
-            cells = [_cell(row[f"{protocol}_off"], None) for protocol in FIGURES]
-        lines.append(f"| {row['kind']} | {row['share']:.0%} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {row['kind']} | {row['share']:.0%} | {row['remedy'] or '–'} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: float | None, clean: float | None) -> str:
-    if value is None:
-        return "–"
+def _cell(value: float, clean: float) -> str:
     return f"{value:.4f}" + (f" ({value / clean:.0%})" if clean else "")
 
 
@@ -295,13 +293,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, max(1, len(kinds)), squeeze=False, sharey=True)[0]
     for axis, kind in zip(axes, kinds, strict=False):
         chosen = [row for row in rows if row["kind"] == kind]
-        for remedy, colour in (("off", "#8a8f98"), ("on", "#c44e00")):
-            points = [(row["share"], row[f"metrics_{remedy}"]) for row in chosen]
-            points = [(share, value) for share, value in points if value is not None]
-            if points:
-                start = [(0.0, chosen[0]["metrics_clean"])]
-                axis.plot(*zip(*start, *points, strict=True), "o-", color=colour, label=f"remedy {remedy}")
-        axis.axhline(chosen[0]["metrics_clean"], color="#c8ccd2", linestyle=":")
+        lines = {"no remedy": {row["share"]: row[OFF]["metrics"] for row in chosen}}
+        for row in chosen:
+            lines.setdefault(row["remedy"], {})[row["share"]] = row["on"]["metrics"]
+        clean = chosen[0][CLEAN]["metrics"]
+        for (label, points), colour in zip(lines.items(), ("#8a8f98", "#c44e00", "#2a6f97"), strict=False):
+            axis.plot([0.0, *points], [clean, *points.values()], "o-", color=colour, label=label)
+        axis.axhline(clean, color="#c8ccd2", linestyle=":")
         axis.set_title(kind)
         axis.set_xlabel("share")
         axis.grid(alpha=0.3)

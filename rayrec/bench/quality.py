@@ -28,7 +28,7 @@ from rayrec.bench.mixing import WEIGHTS, mixed, scale
 from rayrec.bench.peer_runs import PEERS, SPLITS, Settings, run_peer
 from rayrec.bench.quality_table import Row, Run, compare, draw, table
 from rayrec.bundle import Bundle
-from rayrec.config import preset
+from rayrec.config import preset, with_settings
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
 from rayrec.evaluation.floors import Ranker
@@ -51,24 +51,28 @@ Cost = dict[str, Any]
 
 
 def run(
-    datasets: Sequence[str], out: Path, models: Sequence[str], seeds: int, minutes: float, settings: int = 0
-) -> dict[str, Any]:
+    datasets: Sequence[str], out: Path, models: Sequence[str], seeds: int, minutes: float, settings: int = 0,
+    ours: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Run what is missing, and write `table.md` and `quality.png` into `out`; answers the table's rows.
 
     models: of `US`, FLOORS and PEERS. minutes: of CPU for each training of a peer, 0 is no limit: a busy machine takes
-    none away, and a second thread gives none. settings: of each peer at most so many; 0 is all.
-    Raises UsageError for an unknown model, or datasets of one name.
+    none away, and a second thread gives none. settings: of each peer at most so many; 0 is all. ours: `path=value` for
+    rayrec's trainings. Raises UsageError for an unknown model or setting, or datasets of one name.
     """
     known = (US, *FLOORS, *PEERS)
     if unknown := [model for model in models if model not in known]:
         raise UsageError(f"unknown model {', '.join(unknown)}: choose among {', '.join(known)}")
+    with_settings(preset("small"), ours)
     names = [Path(path).name for path in datasets]
     if len(set(names)) < len(names):
         raise UsageError(f"{', '.join(names)}: runs are kept by the name of the dataset's folder; give each its own")
     rows: list[Row] = []
     for path, name in zip(datasets, names, strict=True):
         shop = Shop(Dataset.open(path), out / name, minutes)
-        rows += [_row(shop, model, seeds, settings) for model in models]
+        grids = {model: PEERS[model].grid[: settings or None] for model in models if model in PEERS}
+        grids[US] = (dict(setting.split("=", 1) for setting in ours),)
+        rows += [_row(shop, model, grids.get(model, ({},)), seeds) for model in models]
         rows += _mixed_row(shop, [row for row in rows if row.shop == name])
         compare(rows, US)
         (out / "table.md").write_text(table(rows))
@@ -77,10 +81,9 @@ def run(
     return {"bench": "quality", "rows": [row.body() for row in rows]}
 
 
-def _row(shop: Shop, model: str, seeds: int, settings: int) -> Row:
-    grid: tuple[Settings, ...] = PEERS[model].grid if model in PEERS else ({},)
+def _row(shop: Shop, model: str, grid: Sequence[Settings], seeds: int) -> Row:
     try:
-        first = [shop.run(model, choice, 0) for choice in grid[: settings or len(grid)]]
+        first = [shop.run(model, choice, 0) for choice in grid]
         best = max(first, key=_on_validation)
         others = [] if model in FLOORS else [shop.run(model, best.settings, seed) for seed in range(1, seeds)]
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:  # a peer that fails must not end the others
@@ -196,12 +199,13 @@ class Shop:
             return self._peer(model, Path(scratch), settings, seed)
 
     def _ours(self, scratch: Path, settings: Settings, seed: int) -> tuple[Answers, Cost]:
-        choices = [
-            word for name, value in settings.items() if name != "preset" for word in ("--set", f"{name}={value}")
-        ]
+        choices = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
         command = [sys.executable, "-m", "rayrec", "train", self.dataset.path, str(scratch), "--seed", str(seed)]
-        cost = measured([*command, "--preset", settings.get("preset", "small"), *choices]).figures()
+        cost: Cost = dict(measured([*command, *choices]).figures())
         bundle = Bundle.open(str(scratch))
+        cost["curve"] = [
+            (line["cpu_s"], line["valid_metrics_ndcg@10"]) for line in bundle.json("metrics.json")["training"]
+        ]
         answers, asking = self._ask(load_scorer(bundle), bundle.config.model.max_len)
         return answers, {**cost, **asking}
 

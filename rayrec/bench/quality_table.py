@@ -18,7 +18,7 @@ from rayrec.evaluation.replay import Split
 
 HEAD = (
     "set", "model", "seeds", "NDCG@10", "95% of users", "HR@10", "validation", "rayrec is", "95%, paired", "p",
-    "CPU s", "wall s", "MiB", "ms a list", "ns an item", "note",
+    "CPU s", "wall s", "MiB", "ms a list", "ns an item", "best after, CPU s", "rayrec there, CPU s", "note",
 )  # fmt: skip
 COSTS = ("cpu_s", "wall_s", "peak_mib", "list_ms")
 
@@ -35,6 +35,11 @@ class Run:
     figures: dict[str, dict[str, float]]
     cost: dict[str, Any]
     rank_U: npt.NDArray[np.int64]
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """CPU seconds of training, and NDCG@10 of some validation users by then; empty if it is not known."""
+        return self.cost.get("curve") or []
 
 
 @dataclass
@@ -56,6 +61,17 @@ class Row:
         """Each test user's NDCG@10, mean over seeds. [U]"""
         return np.mean([ndcg(run.rank_U, 10) for run in self.runs], axis=0)
 
+    def best_after_s(self) -> float | None:
+        """CPU seconds of training until validation was at its best, the median over seeds; None if it is not known."""
+        curves = [run.curve for run in self.runs if run.curve]
+        return statistics.median(max(curve, key=lambda point: point[1])[0] for curve in curves) if curves else None
+
+    def reaches_s(self, level: float) -> float | None:
+        """CPU seconds of training until validation was at `level`, the median over seeds; None where one never is."""
+        first = [next((spent for spent, found in run.curve if found >= level), None) for run in self.runs]
+        known = [spent for spent in first if spent is not None]
+        return statistics.median(known) if len(known) == len(self.runs) else None
+
     def body(self) -> dict[str, Any]:
         """As JSON."""
         if not self.runs:
@@ -71,6 +87,7 @@ class Row:
             "spread": spread(self.runs),
             "interval": interval(self.gain_U()),
             "cost": cost,
+            "best_after_s": self.best_after_s(),
             "note": self.note,
             **self.ahead,
         }
@@ -86,6 +103,7 @@ def compare(rows: Sequence[Row], us: str) -> None:
                 "ratio": ours.mean("ndcg@10") / max(row.mean("ndcg@10"), 1e-12),
                 "ratio_interval": ratio_interval(ours_U, theirs_U),
                 "p": p_value(ours_U, theirs_U),
+                "ours_there_s": ours.reaches_s(row.mean("ndcg@10", "valid")),
             }
 
 
@@ -118,6 +136,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{body['p']:.4f}" if "p" in body else "",
             *(_figure(body["cost"][name], places) for name, places in
               (("cpu_s", 0), ("wall_s", 0), ("peak_mib", 0), ("list_ms", 2), ("item_ns", 0))),
+            _figure(body["best_after_s"], 0), _figure(body.get("ours_there_s"), 0),
             row.note,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

@@ -247,7 +247,9 @@ class ItemEncoder(nn.Module):
     """An item's vector: id + picture + categories + brand + price bucket + title words, summed.
 
     The id of an item without training events is never used (its embedding would be noise), and in training ids are
-    hidden at random, so that content learns to carry cold items (DropoutNet, Volkovs et al. 2017).
+    hidden at random, so that content learns to carry cold items (DropoutNet, Volkovs et al. 2017). Pictures and
+    attributes can be hidden as well, so that none of the parts relies on another that may be missing (ModDrop,
+    Neverova et al. 2016).
     """
 
     def __init__(self, config: ModelConfig, n_items: int, n_categories: int, n_brands: int) -> None:
@@ -301,15 +303,21 @@ class ItemEncoder(nn.Module):
         rows = torch.arange(len(items.brand_N), device=items.brand_N.device) if row_R is None else row_R
         vector_RD = torch.zeros(len(rows), self.config.width, device=rows.device)
         if self.id is not None:
-            keep_R = items.warm_N[rows]
-            if self.training and self.config.id_dropout:
-                keep_R = keep_R & (torch.rand(len(rows), device=rows.device) >= self.config.id_dropout)
-            vector_RD = vector_RD + self.id(rows) * keep_R[:, None]
+            id_RD = self.id(rows) * items.warm_N[rows][:, None]
+            vector_RD = vector_RD + self._hidden(id_RD, self.config.id_dropout)
         if self.cnn is not None:
-            vector_RD = vector_RD + self.image_ND[rows]
+            image_RD = self.image_ND[rows]
             if fresh is not None:
-                vector_RD = fresh.onto(vector_RD, rows, len(self.image_ND))
+                image_RD = fresh.onto(image_RD, rows, len(self.image_ND))
+            vector_RD = vector_RD + self._hidden(image_RD, self.config.image_dropout)
         if self.config.use_attributes:
-            vector_RD = vector_RD + self.category(items.category_NK[rows]) + self.title(items.title_NK[rows])
-            vector_RD = vector_RD + self.brand(items.brand_N[rows]) + self.price(items.price_N[rows])
+            attribute_RD = self.category(items.category_NK[rows]) + self.title(items.title_NK[rows])
+            attribute_RD = attribute_RD + self.brand(items.brand_N[rows]) + self.price(items.price_N[rows])
+            vector_RD = vector_RD + self._hidden(attribute_RD, self.config.attribute_dropout)
         return vector_RD * (rows > 0)[:, None]
+
+    def _hidden(self, part_RD: Tensor, share: float) -> Tensor:
+        """Some rows at zero, in training; nothing is scaled up, since what is left is whole."""
+        if not self.training or not share:
+            return part_RD
+        return part_RD * (torch.rand(len(part_RD), device=part_RD.device) >= share)[:, None]

@@ -7,6 +7,7 @@ It must not know Ray: alone in one process it runs as it is.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -108,7 +109,10 @@ class Peers(Protocol):
 
 @dataclass
 class Fit:
-    """One worker's training. `history` holds a line for each epoch of every stage."""
+    """One worker's training. `history` holds a line for each epoch of every stage.
+
+    A line's "cpu_s" counts from the start of the training, of the worker that reports it.
+    """
 
     job: Job
     feed: Feed
@@ -129,6 +133,7 @@ class Fit:
             vocab = {name: self.dataset.vocab(name) for name in ("categories", "brands")}
             warm_start(self.model, self.catalogue, vocab, Bundle.open(self.job.start_from))
         self.history: list[dict[str, Any]] = []
+        self.spent_s = -time.process_time()  # CPU seconds of the training, of this process and those that it resumes
         self.judged = _sample(self.dataset, config.train) if self.peers.rank == 0 else None
 
     def run(self) -> None:
@@ -251,6 +256,7 @@ class Fit:
     ) -> None:
         line = {
             **asdict(stats),
+            "cpu_s": self.spent_s + time.process_time(),
             "samples_per_s": stats.samples_per_s,
             "wait_share": stats.wait_s / max(stats.seconds, 1e-9),
             **metrics,
@@ -279,6 +285,7 @@ class Fit:
             return None
         saved: dict[str, Any] = json.loads((self.resume / "state.json").read_text())
         self.history = saved["history"]
+        self.spent_s += self.history[-1]["cpu_s"]
         self.model.load_state_dict(load_file(self.resume / "model.safetensors"))
         if saved["stage"] == "done":
             return saved

@@ -7,5 +7,6 @@ also target: what came next, to stop early by), and for a peer that asks for the
 `picture_items.npy` [M]. SETTINGS is JSON: "seed", "minutes" of CPU for training at most (0 is no limit), and what the
 script knows. It writes `lists-valid.parquet`, `lists-test.parquet` (user_id, items: the best 100 first, nothing that
 the user has seen; scores: how good each is, if it can say) and `facts.json` ("version", "train_cpu_s", "lists_s": the
-seconds of both splits' lists, reading and writing left out).
+seconds of both splits' lists, reading and writing left out; where it validates, "curve": pairs of the CPU seconds of
+training and NDCG@10 by then).
 """

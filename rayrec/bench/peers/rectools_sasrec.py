@@ -21,6 +21,7 @@ PATIENCE = 5
 VALIDATION_USERS, BATCH = 5000, 256
 data, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 seed, minutes = settings.pop("seed"), settings.pop("minutes")
+curve = []
 pl.seed_everything(seed)
 
 
@@ -51,10 +52,8 @@ class KeepBest(pl.Callback):
             return
         self.step = trainer.global_step
         found = self.ndcg(module)
-        print(
-            f"epoch {trainer.current_epoch}: {found:.4f} after {time.process_time() - started:.0f} s of CPU",
-            file=sys.stderr,
-        )
+        curve.append((time.process_time() - started, found))
+        print(f"epoch {trainer.current_epoch}: {found:.4f} after {curve[-1][0]:.0f} s of CPU", file=sys.stderr)
         if found > self.best:
             self.best, self.weights, self.worse = found, copy.deepcopy(module.state_dict()), 0
             return
@@ -128,6 +127,7 @@ for split in ("valid", "test"):
 facts = {
     "version": f"rectools {version('rectools')}",
     "train_cpu_s": fitted - started,
+    "curve": curve,
     "lists_s": spent_s,
     "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
 }
