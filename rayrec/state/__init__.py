@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from rayrec.errors import UsageError
@@ -16,13 +17,20 @@ def open_state(url: str) -> State:
 
     `sqlite:///relative/path` or `sqlite:////absolute/path`, optionally with `?synchronous=full`, which
     survives power loss too; the default `normal` survives the death of every process.
+    `redis://host:port/0`, for replicas on several machines: see `redis.RedisState.open`; an extra.
 
     Raises UsageError for another scheme or a place that cannot be used.
     """
     scheme = url.partition("://")[0]
     if scheme == "sqlite":
         return SqliteState.open(url)
-    raise UsageError(f"state '{url}': unknown kind '{scheme}'; use sqlite:///PATH")
+    if scheme in ("redis", "rediss"):
+        if not find_spec("redis"):
+            raise UsageError(f"state '{url}': install rayrec with its extra for it: pip install 'rayrec[redis]'")
+        from rayrec.state.redis import RedisState
+
+        return RedisState.open(url)
+    raise UsageError(f"state '{url}': unknown kind '{scheme}'; use sqlite:///PATH or redis://HOST:PORT/0")
 
 
 def absolute_url(url: str) -> str:
