@@ -43,9 +43,11 @@ class Split(str, Enum):
 bundles_app = typer.Typer(help="Look at trained bundles.", no_args_is_help=True)
 app.add_typer(bundles_app, name="bundles")
 app.add_typer(bench_app, name="bench")
+events_app = typer.Typer(help="The log of what was served and done.", no_args_is_help=True)
+app.add_typer(events_app, name="events")
 
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
-State = Annotated[str | None, typer.Option(help="Where state is kept: sqlite:///PATH (default: beside the bundle).")]
+State = Annotated[str | None, typer.Option(help="sqlite:///PATH (default: beside the bundle) or redis://HOST:PORT/0.")]
 
 
 @app.command()
@@ -252,6 +254,29 @@ def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.
         typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  {row['created']}  {row['items']} items{ndcg}")
     if as_json:
         print_json({"bundles": found})
+
+
+@events_app.command("export")
+def events_export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The raw folder to write: new, or empty.")],
+    state: Annotated[str, typer.Option(help="sqlite:///PATH or redis://HOST:PORT/0.")],
+    as_json: Json = False,
+) -> None:
+    """Write all events and lists shown as a raw folder for `rayrec prepare`: served today, learned tomorrow."""
+    from dataclasses import asdict
+
+    from rayrec.state import existing_state
+    from rayrec.state.export import export_events
+
+    opened = existing_state(state)
+    try:
+        done = export_events(opened, folder)
+    finally:
+        opened.close()
+    nobody = f"; {done.nobodys} lists shown to nobody in particular are left out" if done.nobodys else ""
+    step(f"{folder}: {done.events} events and {done.impressions} impressions of {done.visitors} visitors{nobody}")
+    if as_json:
+        print_json(asdict(done))
 
 
 # ---------------------------------------------------------------- what commands share

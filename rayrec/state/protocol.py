@@ -6,7 +6,7 @@ them, nor models, catalogues or the web. Every backend passes the same contract 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
 
@@ -128,6 +128,12 @@ class State(Protocol):
 
     def user(self, visitor: str) -> UserRecord:
         """Everything held about a visitor; empty for an unknown one."""
+
+    def visitors(self) -> Iterator[str]:
+        """Everybody of whom events or lists are held, in no order; "" if lists were shown to nobody in particular.
+
+        Who comes while it runs may or may not be among them, and somebody may be twice.
+        """
 
     def erase(self, visitor: str) -> Receipt:
         """Delete all that is held about a visitor, for good; older events are refused from now on."""

@@ -14,8 +14,9 @@ import os
 import secrets
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from operator import attrgetter
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
@@ -290,6 +291,13 @@ class RedisState:
             sessions=sorted(session.removeprefix(SESSION_PREFIX) for session in sessions),
         )
 
+    def visitors(self) -> Iterator[str]:
+        """See `protocol.State`."""
+        yield from self._held("events")
+        for visitor in self._held("shown"):
+            if not self._ask(partial(self._client.exists, f"{PREFIX}events:{visitor}")):
+                yield visitor
+
     def erase(self, visitor: str) -> Receipt:
         """See `protocol.State`. The server's log is rewritten too, in the background: until then it holds a copy."""
         digest = self._digest(visitor)
@@ -356,6 +364,14 @@ class RedisState:
         self._client.close()
 
     # ------------------------------------------------------------ inside
+
+    def _held(self, kind: str) -> Iterator[str]:
+        prefix, cursor = f"{PREFIX}{kind}:", 0
+        while True:
+            cursor, keys = self._ask(partial(self._client.scan, cursor, match=prefix + "*", count=1000))
+            yield from (key.removeprefix(prefix) for key in keys)
+            if not cursor:
+                return
 
     def _bodies(self, key: str) -> list[Any]:
         members: list[str] = self._ask(lambda: self._client.zrange(key, 0, -1))

@@ -129,6 +129,16 @@ def test_join_moves_what_was_and_what_comes(state: State) -> None:
     assert state.join("u", "s") == 0
 
 
+def test_everybody_of_whom_anything_is_held(state: State) -> None:
+    assert list(state.visitors()) == []
+    state.append_events([view("session:s", "a", 1), view("u", "b", 2), view("v", "c", 3), view("u", "d", 4)])
+    state.log_shown([shown("u"), shown("w"), shown("")])
+    assert sorted(state.visitors()) == ["", "session:s", "u", "v", "w"]
+    state.erase("u")
+    state.join("v", "s")
+    assert sorted(state.visitors()) == ["", "v", "w"]
+
+
 def test_erase_deletes_everything_and_says_how_much(state: State) -> None:
     state.append_events([view("session:s", "a", 1), view("u", "b", 2), view("other", "c", 3)])
     state.join("u", "s")
