@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from rayrec.bench.commands import bench_app
-from rayrec.config import Config, PrepareConfig, ServeConfig, preset, with_settings
+from rayrec.config import Config, PrepareConfig, ServeConfig, preset, with_file, with_settings
 from rayrec.errors import RayrecError, UsageError
 from rayrec.options import Json, Seed, Set, print_json
 from rayrec.progress import step
@@ -194,6 +194,9 @@ def serve(
     state: State = None,
     min_replicas: Annotated[int | None, typer.Option(min=1)] = None,
     max_replicas: Annotated[int | None, typer.Option(min=1)] = None,
+    config_: Annotated[
+        Path | None, typer.Option("--config", help="YAML of settings: scenes, their rules, all that --set can change.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Serve live lists: events in, rankings out; replicas follow the load. Ctrl-C stops it."""
@@ -206,7 +209,8 @@ def serve(
         raise UsageError(f"--min-replicas {min_replicas} is more than --max-replicas {max_replicas}")
     given = {"min_replicas": min_replicas, "max_replicas": max_replicas}
     options = [f"autoscale.{name}={value}" for name, value in given.items() if value is not None]
-    config: ServeConfig = with_settings(ServeConfig(), [*options, *(set_ or [])])
+    from_file = with_file(ServeConfig(), config_) if config_ else ServeConfig()
+    config: ServeConfig = with_settings(from_file, [*options, *(set_ or [])])
     run_server(bundle, state_url=state or default_state(bundle), config=config, host=host, port=port)
 
 
@@ -214,7 +218,7 @@ def serve(
 def recommend(
     bundle: Annotated[str, typer.Argument(help="A bundle, or a BUNDLES folder.")],
     user: Annotated[str, typer.Option(help="Whose list.")],
-    scene: Annotated[str, typer.Option(help="home, item or cart.")] = "home",
+    scene: Annotated[str, typer.Option(help="home, item, cart.")] = "home",
     k: Annotated[int, typer.Option("-k", min=1, max=200)] = 10,
     item: Annotated[str | None, typer.Option(help="The item at hand, for scene item.")] = None,
     history: Annotated[str | None, typer.Option(metavar="DATASET", help="Take the user's past from here.")] = None,

@@ -9,6 +9,7 @@ import datetime as dt
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
@@ -267,13 +268,59 @@ class AutoscaleConfig(Settings):
     downscale_delay_s: float = Field(30, ge=0)
 
 
+class ItemsConfig(Settings):
+    """Which items are meant: those for which all that is given holds; of several names any will do."""
+
+    category: tuple[str, ...] = Field((), description="as in the catalogue, or one of several joined by |")
+    brand: tuple[str, ...] = ()
+    item: tuple[str, ...] = Field((), description="ids")
+    price_min: float | None = None
+    price_max: float | None = None
+    new: bool | None = Field(None, description="whether hardly anyone has met them yet")
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is."""
+        return self != type(self)()
+
+
+class BoostConfig(ItemsConfig):
+    """Items whose scores are multiplied: above 1 lifts them, below 1 buries them."""
+
+    factor: float = Field(gt=0)
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is, but for the factor."""
+        return self != type(self)(factor=self.factor)
+
+
 class SceneConfig(Settings):
-    """One scene: where candidates come from, and how much each action's head weighs in the score."""
+    """One scene: candidates, which of them may be shown, how they are scored, and what makes the list of them."""
 
     sources: tuple[str, ...] = ("model", "cooccurrence", "popular", "new")
     heads: dict[str, float] = {"next": 1.0}
     hide_seen: bool = False
     hide_purchased: bool = True
+    hide_purchased_days: float | None = Field(None, gt=0, description="for so long after the purchase; None: for good")
+    complements: bool = Field(False, description="leave out the categories of what is in the cart: its substitutes")
+    only: ItemsConfig = Field(ItemsConfig(), description="no others are shown")
+    never: tuple[ItemsConfig, ...] = Field((), description="these are not shown")
+    boost: tuple[BoostConfig, ...] = ()
+    pinned: dict[int, str] = Field({}, description="item ids by their place in the list, from 1")
+    max_per_category: int = Field(0, ge=0, description="items of one category in a list; 0 is no limit")
+    max_per_brand: int = Field(0, ge=0)
+    diversity: float | None = Field(None, ge=0, le=1, description="None: as for all scenes")
+    explore: float | None = Field(None, ge=0, le=1, description="None: as for all scenes")
+
+    @model_validator(mode="after")
+    def _rules_say_something(self) -> SceneConfig:
+        for name in ("never", "boost"):
+            if any(not rule.given for rule in getattr(self, name)):
+                raise ValueError(f"a rule of '{name}' names no items: that would be all")
+        if wrong := [place for place in self.pinned if place < 1]:
+            raise ValueError(f"pinned place {wrong[0]}: places count from 1")
+        return self
 
     @field_validator("heads")
     @classmethod
@@ -286,7 +333,11 @@ class SceneConfig(Settings):
 DEFAULT_SCENES: dict[str, SceneConfig] = {
     "home": SceneConfig(),
     "item": SceneConfig(sources=("related", "cooccurrence", "model", "popular"), hide_purchased=False),
-    "cart": SceneConfig(sources=("related", "cooccurrence", "model", "popular"), heads={"cart": 0.5, "purchase": 0.5}),
+    "cart": SceneConfig(
+        sources=("together", "cooccurrence", "model", "popular"),
+        heads={"cart": 0.5, "purchase": 0.5},
+        complements=True,
+    ),
 }
 
 
@@ -335,6 +386,35 @@ def with_settings(config: C, settings: Iterable[str]) -> C:
     return _validated(type(config), tree)
 
 
+def with_file(config: C, path: Path) -> C:
+    """`config` with what the YAML file at `path` says put in; groups are merged, lists replaced.
+
+    Raises UsageError for a file that cannot be read, naming the place, or whose settings are wrong.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(given, dict):
+        raise UsageError(f"--config {path}: write settings as name: value")
+    try:
+        return _validated(type(config), _merged(config.model_dump(), given))
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
+
+
+def _merged(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with the leaves of `given`. What a scene says of its heads or pins is all there is of them."""
+    both = {
+        name: _merged(tree[name], value)
+        for name, value in given.items()
+        if name not in ("heads", "pinned") and isinstance(value, dict) and isinstance(tree.get(name), dict)
+    }
+    return {**tree, **given, **both}
+
+
 def from_dict(kind: type[C], tree: dict[str, Any]) -> C:
     """Settings of type `kind` from a dictionary (a saved config, a YAML file). Raises UsageError."""
     return _validated(kind, tree)
@@ -370,7 +450,8 @@ def _validated(kind: type[C], tree: dict[str, Any]) -> C:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt name often makes another one missing: tell of the name.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = sorted(_names(kind, first["loc"][:-1]))
@@ -384,5 +465,6 @@ def _names(kind: Any, path: Sequence[int | str]) -> Iterable[str]:
     """The settings of the group at `path` below `kind`; a name in a dictionary of groups is any name."""
     for name in path:
         is_group = isinstance(kind, type) and issubclass(kind, Settings)
-        kind = kind.model_fields[str(name)].annotation if is_group else get_args(kind)[-1]
+        parts = [part for part in get_args(kind) if part is not Ellipsis]
+        kind = kind.model_fields[str(name)].annotation if is_group else parts[-1]
     return kind.model_fields

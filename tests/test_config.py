@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rayrec.config import (
     Settings,
     from_dict,
     preset,
+    with_file,
     with_settings,
 )
 from rayrec.errors import UsageError
@@ -139,3 +141,43 @@ def test_a_mistaken_setting_is_told_what_is_wrong(config: Settings, setting: str
 def test_an_unknown_name_in_a_saved_config_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"no setting 'train\.epoch'; did you mean 'epochs'"):
         from_dict(Config, {"train": {"epoch": 3}})
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_file_adds_a_scene_and_leaves_the_others(tmp_path: Path) -> None:
+    (tmp_path / "shop.yaml").write_text(
+        """
+        diversity: 0.2
+        scenes:
+          home: {max_per_brand: 2}
+          cart: {heads: {purchase: 1}}
+          gift: {sources: [new, popular], only: {price_max: 20}, never: [{brand: [x]}], pinned: {1: a}}
+        """
+    )
+    config = with_file(ServeConfig(), tmp_path / "shop.yaml")
+    assert sorted(config.scenes) == ["cart", "gift", "home", "item"]
+    assert config.scenes["home"] == DEFAULT_SCENES["home"].model_copy(update={"max_per_brand": 2})
+    assert config.scenes["cart"].heads == {"purchase": 1}
+    assert config.scenes["cart"].sources == DEFAULT_SCENES["cart"].sources
+    assert config.scenes["gift"].only.price_max == 20
+    assert (config.diversity, config.batch_size) == (0.2, ServeConfig().batch_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("scenes: {home: {max_per_bran: 2}}", r"shop.yaml: .*did you mean 'max_per_brand'"),
+        ("scenes: [home]", "scenes"),
+        ("- a\n- b", "name: value"),
+        ("a: [", "is not YAML"),
+        ("diversity: 2", "diversity"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "shop.yaml").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        with_file(ServeConfig(), tmp_path / "shop.yaml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        with_file(ServeConfig(), tmp_path / "none.yaml")

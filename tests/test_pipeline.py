@@ -14,7 +14,8 @@ from shopfake import FakeScorer, catalogue
 from rayrec.config import SceneConfig, ServeConfig
 from rayrec.errors import UsageError
 from rayrec.history import HistoryBatch
-from rayrec.ranking.pipeline import Answer, Ranker, Request, UnknownItemError, UnknownSceneError
+from rayrec.ranking.pipeline import Ranker
+from rayrec.ranking.requests import Answer, Request, UnknownItemError, UnknownSceneError
 from rayrec.ranking.rules import Filters
 from rayrec.schema import ACTION_CODE
 from rayrec.state import State, open_state
@@ -123,10 +124,19 @@ def test_the_item_at_hand_counts_and_is_not_shown(ranker: Ranker, state: State) 
 
 def test_the_scene_of_the_cart_shows_what_goes_with_it(ranker: Ranker, state: State) -> None:
     answer = ranker.recommend([Request(None, scene="cart", cart=("red-0", "red-4"), k=18)], state)[0]
-    assert styles(answer) == {"red"}
-    assert not {"red-0", "red-4"} & set(ids(answer))
-    assert any("related" in item.sources for item in answer.items)
-    assert (answer.removed, answer.served_by) == ({"context": 2}, "model")
+    assert styles(answer) == {"green", "blue"}, "what is of a kind with the cart would take its place"
+    assert answer.removed == {"context": 2, "substitute": 18}
+    assert answer.served_by == "model"
+    (full,) = ranker.recommend([Request(None, scene="cart", cart=("red-0",), k=50)], state)
+    assert styles(full) == {"red", "green", "blue"}, "but it is better than a short list"
+
+
+def test_what_goes_together_comes_first(scorer: FakeScorer, state: State) -> None:
+    scenes = {"cart": SceneConfig(sources=("together",))}
+    ranker = Ranker(scorer, ServeConfig(scenes=scenes, diversity=0))
+    answer = ranker.recommend([Request(None, scene="cart", cart=("red-0", "red-4"), k=2)], state)[0]
+    assert sorted(ids(answer)) == ["red-1", "red-5"]
+    assert answer.items[0].sources == ["together"]
 
 
 def test_a_scene_without_a_cart_is_answered_all_the_same(ranker: Ranker, state: State) -> None:

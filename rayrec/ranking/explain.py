@@ -31,12 +31,13 @@ class Explainer:
         page, page_follows_PK, page_cosine_PK = self._against(items, anchors)
         found = []
         for k, (item, names) in enumerate(zip(items, sources, strict=True)):
-            if "related" in names:
+            if {"related", "together"} & set(names):
                 reasons = self._of(page, page_follows_PK[:, k], page_cosine_PK[:, k], "Similar to {}")
             elif {"model", "cooccurrence"} & set(names):
                 reasons = self._of(past, follows_PK[:, k], cosine_PK[:, k], "Fits your interest in {}")
             else:
                 reasons = []
+            reasons += ["Chosen by the shop"] * ("pinned" in names)
             reasons += ["New in the shop"] * ("new" in names)
             reasons += ["Popular with other visitors"] * bool(self._popular_N[item])
             found.append(reasons[:2])

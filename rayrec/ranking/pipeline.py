@@ -9,7 +9,6 @@ Axes: B requests, C candidates, M of them re-ranked, N + 1 catalogue rows, D wid
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,23 +22,29 @@ import scipy.sparse as sp
 from rayrec.catalogue import Catalogue
 from rayrec.config import SceneConfig, ServeConfig
 from rayrec.errors import UsageError
-from rayrec.history import HistoryBatch, encode_history
+from rayrec.history import HistoryBatch
 from rayrec.ranking.explain import Explainer
 from rayrec.ranking.explore import explore
-from rayrec.ranking.rerank import diversify
-from rayrec.ranking.retrieval import RECENT, SOURCES, Asked, Candidates, Floats, Ints, Retriever
-from rayrec.ranking.rules import Filters, Forbidden, Rules
-from rayrec.schema import ACTION_CODE, ENGAGEMENTS
-from rayrec.state.protocol import Act, History, Shown, State
+from rayrec.ranking.policy import Policy
+from rayrec.ranking.reading import DAY_MS, Reading, items_at_hand
+from rayrec.ranking.requests import (
+    MAX_K,
+    Answer,
+    Ranked,
+    Request,
+    UnknownItemError,
+    UnknownSceneError,
+    new_request_id,
+)
+from rayrec.ranking.rerank import capped, diversify, with_pinned
+from rayrec.ranking.retrieval import SOURCES, Asked, Candidates, Floats, Ints, Retriever
+from rayrec.ranking.rules import Bools, Forbidden, Rules
+from rayrec.state.protocol import History, Shown, State
 
 log = logging.getLogger(__name__)
 
-MAX_K = 200
 POOL = 50  # at least so many candidates are re-ranked and explored
-NO_FILTERS = Filters()
-NO_HISTORY = History()
-DAY_MS = 86_400_000
-ENGAGED = frozenset(ENGAGEMENTS)
+PINNED = "pinned"
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
 
@@ -62,57 +67,6 @@ class Scorer(Protocol):
 
         heads: the scene's weights; it answers by its first head for one that it has not.
         """
-
-
-class UnknownSceneError(UsageError):
-    """The request names a scene that is not configured."""
-
-
-class UnknownItemError(UsageError):
-    """The request's context names an item that is not in the catalogue."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked for. `visitor` is a `schema.visitor_id`, None for nobody in particular; `session` is that of the
-    visitor's session, whose events count where the visitor has none.
-    """
-
-    visitor: str | None = None
-    scene: str = "home"
-    k: int = 10
-    item_id: str | None = None  # the item at hand
-    cart: tuple[str, ...] = ()
-    events: tuple[Act, ...] = ()  # used for this answer and not stored
-    store: bool = True
-    filters: Filters = NO_FILTERS
-    diversity: float | None = None  # None: as configured
-    explore: float | None = None
-    reasons: bool = False
-    session: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """One item of an answer."""
-
-    item_id: str
-    score: float
-    propensity: float
-    sources: list[str]
-    reasons: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A list, and how it came to be. timing_ms: of each stage, for the batch the request was part of."""
-
-    request_id: str
-    model: str
-    served_by: str  # "model", or the fallback that answered: "cooccurrence", "popular"
-    items: list[Ranked]
-    removed: dict[str, int]
-    timing_ms: dict[str, float]
 
 
 @dataclass
@@ -151,6 +105,8 @@ class Ranker:
         self.catalogue = scorer.catalogue
         self.retriever = Retriever(scorer.catalogue, scorer.vectors_ND, scorer.cooccurrence)
         self._rules = Rules(scorer.catalogue)
+        self._policies = {name: Policy(scene, self._rules) for name, scene in config.scenes.items()}
+        self._reading = Reading(scorer, config.history)
         self._explainer = Explainer(scorer.catalogue, self.retriever)
         self._rng = rng or np.random.default_rng()
         self._fame_N = np.log1p(scorer.catalogue.n_train) / max(np.log1p(scorer.catalogue.n_train).max(), 1.0)
@@ -173,27 +129,27 @@ class Ranker:
         answers: dict[int, Answer] = {}
         for scene in dict.fromkeys(request.scene for request in requests):
             rows = [row for row, request in enumerate(requests) if request.scene == scene]
-            together = self._recommend([requests[row] for row in rows], self.config.scenes[scene], state)
+            together = self._recommend([requests[row] for row in rows], self._policies[scene], state)
             answers.update(zip(rows, together, strict=True))
         ordered = [answers[row] for row in range(len(requests))]
         self._log_shown(requests, ordered, state)
         return ordered
 
-    def _recommend(self, requests: list[Request], scene: SceneConfig, state: State) -> list[Answer]:
+    def _recommend(self, requests: list[Request], policy: Policy, state: State) -> list[Answer]:
         clock = Clock()
         with clock.stage("history"):
-            histories = self._histories(requests, state)
-            history, asked = self._encode(requests, histories)
+            histories = self._reading.histories(requests, state)
+            history, asked = self._reading.encode(requests, histories)
         with clock.stage("retrieve"):
             asked = self._with_user_vectors(history, asked)
-            found = self.retriever.retrieve(asked, self._sources(scene, asked), self.config.per_source)
+            found = self.retriever.retrieve(asked, self._sources(policy.scene, asked), self.config.per_source)
         with clock.stage("filter"):
-            found, removed = self._filter(requests, histories, scene, asked, found)
+            found, removed = self._filter(requests, histories, policy, asked, found)
         with clock.stage("score"):
             candidates_BC = _padded([candidates.item_C for candidates in found])
-            score_BC, served_by = self._score(history, asked, candidates_BC, scene)
+            score_BC, served_by = self._score(history, asked, candidates_BC, policy.scene)
         with clock.stage("rerank"):
-            shown = self._rerank(requests, candidates_BC, score_BC)
+            shown = self._rerank(requests, policy, candidates_BC, score_BC, removed)
         with clock.stage("explain"):
             lists = [
                 self._describe(request, asked, b, found[b], score_BC[b], shown[b]) for b, request in enumerate(requests)
@@ -203,42 +159,7 @@ class Ranker:
             for b in range(len(requests))
         ]
 
-    # ------------------------------------------------------------ history
-
-    def _histories(self, requests: Sequence[Request], state: State) -> list[History]:
-        """What is stored of each visitor, and the request's own events, in order of time."""
-        visitors = list({one for request in requests for one in (request.visitor, request.session) if one is not None})
-        stored = dict(zip(visitors, state.histories(visitors, self.config.history), strict=True))
-        histories = []
-        for request in requests:
-            history = stored.get(request.visitor or "", NO_HISTORY)
-            if not history.acts:
-                session = stored.get(request.session or "", NO_HISTORY)
-                history = History(session.acts, history.bought | session.bought, history.hidden | session.hidden)
-            histories.append(_with_events(history, request))
-        return histories
-
-    def _encode(self, requests: Sequence[Request], histories: list[History]) -> tuple[HistoryBatch, Asked]:
-        """Histories as the model reads them; the items at hand count as looked at just now."""
-        index = self.catalogue.index
-        flat: list[tuple[int, int, int]] = []
-        offsets, recent, anchors = [0], [], []
-        for request, history in zip(requests, histories, strict=True):
-            acts = [act for act in history.acts if act.item_id in index]
-            at_hand = _at_hand(request)
-            acts += _not_yet(at_hand, acts)
-            flat += [(index[act.item_id], ACTION_CODE[act.action], act.time_ms) for act in acts]
-            offsets.append(len(flat))
-            recent.append(_newest([index[act.item_id] for act in acts]))
-            anchors.append(_newest([index[act.item_id] for act in at_hand]))
-        item, action, time_ms = np.array(flat, np.int64).reshape(-1, 3).T
-        if self.scorer.clock == "date":
-            time_ms = time_ms - time_ms % DAY_MS  # the model never saw an hour
-        reader = self.scorer
-        encoded = encode_history(
-            *(item, action, time_ms, offsets), max_len=reader.max_len, clock=reader.clock, actions=reader.actions
-        )
-        return encoded, Asked(user_BD=None, known_B=encoded.length_B > 0, recent=recent, anchors=anchors)
+    # ------------------------------------------------------------ candidates
 
     def _with_user_vectors(self, history: HistoryBatch, asked: Asked) -> Asked:
         try:
@@ -247,8 +168,6 @@ class Ranker:
             log.exception("the model failed on histories; answering without it")
             return asked
         return Asked(user_BD, asked.known_B, asked.recent, asked.anchors)
-
-    # ------------------------------------------------------------ candidates
 
     def _sources(self, scene: SceneConfig, asked: Asked) -> list[str]:
         """The scene's sources; popular items too where some visitor has nothing to go by or the model failed."""
@@ -259,24 +178,36 @@ class Ranker:
         self,
         requests: Sequence[Request],
         histories: Sequence[History],
-        scene: SceneConfig,
+        policy: Policy,
         asked: Asked,
         found: Sequence[Candidates],
     ) -> tuple[list[Candidates], list[dict[str, int]]]:
-        """Candidates that may be shown. Where too few are left, retrieve again among allowed items only."""
+        """Candidates that may be shown, pinned ones among them. Where too few are left, retrieve again among allowed
+        items only; substitutes of what is in the cart are better than no list.
+        """
         kept, removed = [], []
         for b, request in enumerate(requests):
-            forbidden = _forbidden(request, histories[b], scene)
-            keep_C, reasons = self._rules.apply(found[b].item_C, request.filters, forbidden)
+            forbidden, barred = _forbidden(request, histories[b], policy.scene), policy.barred
+            substitute_N = policy.substitutes(request.cart)
+            strict = barred if substitute_N is None else {**barred, "substitute": substitute_N}
+            keep_C, reasons = self._rules.apply(found[b].item_C, request.filters, forbidden, strict)
             left = Candidates(found[b].item_C[keep_C], found[b].source_C[keep_C], found[b].sources)
-            if len(left.item_C) < request.k:
-                allowed_N = self._rules.mask(request.filters, forbidden)
-                sources = list(dict.fromkeys([*found[b].sources, "popular"]))
-                n = max(self.config.per_source, request.k)
-                (left,) = self.retriever.retrieve(asked.take([b]), sources, n, [allowed_N])
+            for masks in [strict] if strict is barred else [strict, barred]:
+                if len(left.item_C) < request.k:
+                    allowed_N = self._rules.mask(request.filters, forbidden, masks)
+                    left = self._again(asked.take([b]), found[b].sources, request.k, allowed_N)
+            pinned = np.array([item for _, item in policy.pinned if self.retriever.sellable_N[item]], np.int64)
+            if len(pinned):
+                keep_P, _ = self._rules.apply(pinned, request.filters, forbidden, barred)
+                left = left.adding(pinned[keep_P], PINNED)
             kept.append(left)
             removed.append(reasons)
         return kept, removed
+
+    def _again(self, asked: Asked, sources: Sequence[str], k: int, allowed_N: Bools) -> Candidates:
+        """Candidates of one request among the allowed items alone."""
+        n = max(self.config.per_source, k)
+        return self.retriever.retrieve(asked, list(dict.fromkeys([*sources, "popular"])), n, [allowed_N])[0]
 
     # ------------------------------------------------------------ scores
 
@@ -312,30 +243,59 @@ class Ranker:
 
     # ------------------------------------------------------------ list
 
-    def _rerank(self, requests: Sequence[Request], candidates_BC: Ints, score_BC: Floats) -> list[tuple[Ints, Doubles]]:
-        """Places of the candidates to show, in order, and the propensity of each."""
+    def _rerank(
+        self,
+        requests: Sequence[Request],
+        policy: Policy,
+        candidates_BC: Ints,
+        score_BC: Floats,
+        removed: list[dict[str, int]],
+    ) -> list[tuple[Ints, Doubles]]:
+        """Places of the candidates to show, in order, and the propensity of each. `removed` learns of limits."""
+        if policy.factor_N is not None:
+            score_BC = score_BC * policy.factor_N[candidates_BC]
         rank_BC = np.where(np.isnan(score_BC), -1.0, score_BC)  # NaN is no answer: after all numbers
-        pool_B = np.array([max(POOL, 3 * request.k) for request in requests])
+        # A limit may leave out any number of candidates: all of them stand in line.
+        pool_B = np.array([score_BC.shape[1] if policy.caps else max(POOL, 3 * request.k) for request in requests])
         order_BM = np.argsort(-rank_BC, axis=1, kind="stable")[:, : pool_B.max()]
         score_BM = np.take_along_axis(score_BC, order_BM, axis=1)
         score_BM[np.arange(order_BM.shape[1]) >= pool_B[:, None]] = -np.inf  # none sees another's pool
         size_B = np.count_nonzero(~np.isneginf(score_BM), axis=1)
 
-        diversity = [_or(request.diversity, self.config.diversity) for request in requests]
+        scene, config = policy.scene, self.config
+        diversity = [_first(request.diversity, scene.diversity, config.diversity) for request in requests]
         first_BK = np.broadcast_to(np.arange(order_BM.shape[1]), order_BM.shape)
         if any(diversity) and order_BM.size:
             unit_BMD = self.retriever.unit_ND[np.take_along_axis(candidates_BC, order_BM, axis=1)]
-            k = max(request.k for request in requests)
+            k = order_BM.shape[1] if policy.caps else max(request.k for request in requests)
             first_BK = diversify(score_BM, unit_BMD, np.array(diversity, np.float32), k)
 
         shown = []
         for b, request in enumerate(requests):
-            places, rate = first_BK[b, : min(request.k, size_B[b])], _or(request.explore, self.config.explore)
+            rate = _first(request.explore, scene.explore, config.explore)
+            n = size_B[b] if policy.caps else min(request.k + len(policy.pinned), size_B[b])
+            places = first_BK[b, :n]
             if rate > 0:
                 places = np.concatenate([places, np.setdiff1d(np.arange(size_B[b]), places)])
-            places, propensity = explore(places, request.k, rate, self._rng)
-            shown.append((order_BM[b, places], propensity))
+            places = order_BM[b, places]
+            if policy.caps:
+                kept, left_out = capped(candidates_BC[b, places], policy.caps)
+                places = places[kept]
+                removed[b].update(left_out)
+            shown.append(self._choose(request, policy, candidates_BC[b], places, rate))
         return shown
+
+    def _choose(
+        self, request: Request, policy: Policy, item_C: Ints, places: Ints, rate: float
+    ) -> tuple[Ints, Doubles]:
+        """The first of the ordered places, some of them explored, and the pinned ones where they belong."""
+        pinned = [(at, int(np.argmax(item_C == item))) for at, item in policy.pinned if at < request.k]
+        pinned = [(at, place) for (at, place) in pinned if (at, item_C[place]) in policy.pinned]
+        free = places[~np.isin(places, [place for _, place in pinned])]
+        chosen, propensities = explore(free, request.k, rate, self._rng)
+        of_place = dict(zip(chosen.tolist(), propensities.tolist(), strict=True))
+        chosen = with_pinned(chosen, pinned, request.k)
+        return chosen, np.array([of_place.get(place, 1.0) for place in chosen.tolist()])
 
     def _describe(
         self, request: Request, asked: Asked, b: int, found: Candidates, score_C: Floats, shown: tuple[Ints, Doubles]
@@ -370,45 +330,19 @@ class Ranker:
             state.log_shown(lists)
 
 
-def _with_events(history: History, request: Request) -> History:
-    """`history` with the request's own events put in their place."""
-    if not request.events:
-        return history
-    engaged = [act for act in request.events if act.action in ENGAGED]
-    bought = {act.item_id for act in request.events if act.action == "purchase"}
-    hidden = {act.item_id for act in request.events if act.action in ("hide", "dislike")}
-    acts = sorted([*history.acts, *engaged], key=lambda act: act.time_ms)
-    return History(tuple(acts), history.bought | bought, history.hidden | hidden)
-
-
-def _at_hand(request: Request) -> list[Act]:
-    """The items of the request's context, as acts of this moment; the item on the page is the newest."""
-    now_ms = time.time_ns() // 1_000_000
-    page = [] if request.item_id is None else [Act(request.item_id, "view", now_ms)]
-    return [*(Act(item_id, "cart", now_ms) for item_id in request.cart), *page]
-
-
-def _not_yet(at_hand: Sequence[Act], acts: Sequence[Act]) -> list[Act]:
-    """Of the items at hand, those that the history does not tell of: not its newest item, nor what it put in a cart."""
-    newest = acts[-1].item_id if acts else None
-    put = {act.item_id for act in acts if act.action == "cart"}
-    return [act for act in at_hand if act.item_id != newest and not (act.action == "cart" and act.item_id in put)]
-
-
 def _forbidden(request: Request, history: History, scene: SceneConfig) -> Forbidden:
     """What this visitor must not be shown now."""
+    bought = history.bought if scene.hide_purchased else {}
+    if scene.hide_purchased_days is not None:
+        since_ms = time.time_ns() // 1_000_000 - scene.hide_purchased_days * DAY_MS
+        bought = {item_id: last_ms for item_id, last_ms in bought.items() if last_ms >= since_ms}
     return Forbidden(
-        context=frozenset(act.item_id for act in _at_hand(request)),
+        context=frozenset(act.item_id for act in items_at_hand(request)),
         excluded=frozenset(request.filters.exclude),
         hidden=history.hidden,
-        bought=history.bought if scene.hide_purchased else frozenset(),
+        bought=frozenset(bought),
         seen=frozenset(act.item_id for act in history.acts) if scene.hide_seen else frozenset(),
     )
-
-
-def _newest(items: Sequence[int]) -> Ints:
-    """The newest distinct items, newest first."""
-    return np.array(list(dict.fromkeys(reversed(items)))[:RECENT], np.int64)
 
 
 def _padded(rows: Sequence[Ints]) -> Ints:
@@ -419,10 +353,6 @@ def _padded(rows: Sequence[Ints]) -> Ints:
     return padded
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-def new_request_id() -> str:
-    """A random id that begins with the time, so that rows of one time lie together in an index."""
-    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+def _first(*values: float | None) -> float:
+    """The first that is given."""
+    return next(value for value in values if value is not None)

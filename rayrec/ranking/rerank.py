@@ -1,9 +1,11 @@
 """Re-ranking: a good list is not the best items one by one.
 
-In: relevance and item vectors. Out: an order. It must not know where either came from.
+In: relevance, item vectors, limits, pinned items. Out: an order. It must not know where they came from.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,41 @@ def diversify(score_BM: Floats, unit_BMD: Floats, diversity_B: Floats, k: int) -
         mix_BM[rows_B, taken_B] = -np.inf
         nearest_BM = np.maximum(nearest_BM, cosine_BMM[rows_B, taken_B])
     return order_BK
+
+
+def capped(item_M: Ints, caps: Mapping[str, tuple[Ints, int]]) -> tuple[Ints, dict[str, int]]:
+    """Places of the items, in order, that no limit leaves out, and how many each left out. [<= M]
+
+    caps: by reason, codes of all items ([N + 1] int64, 0: of no group) and how many of one code there may be. An item
+    that is left out counts for no other limit.
+    """
+    taken: dict[str, dict[int, int]] = {reason: {} for reason in caps}
+    removed: dict[str, int] = {}
+    places = []
+    for place, item in enumerate(item_M.tolist()):
+        codes = {reason: int(code_N[item]) for reason, (code_N, _) in caps.items()}
+        full = [r for r, (_, limit) in caps.items() if codes[r] and taken[r].get(codes[r], 0) >= limit]
+        if full:
+            removed[full[0]] = removed.get(full[0], 0) + 1
+            continue
+        places.append(place)
+        for reason, code in codes.items():
+            taken[reason][code] = taken[reason].get(code, 0) + 1
+    return np.array(places, np.int64), removed
+
+
+def with_pinned(place_K: Ints, pinned: Sequence[tuple[int, int]], k: int) -> Ints:
+    """The first k places of a list in which each of `pinned` (its place in the list, what stands there) has its own.
+
+    Where the list is too short for a pinned one, it comes last.
+
+    >>> with_pinned(np.array([7, 8, 9]), [(0, 5), (2, 6)], 4).tolist()
+    [5, 7, 6, 8]
+    """
+    shown: list[int] = [place for place in place_K.tolist() if place not in {what for _, what in pinned}]
+    for at, what in sorted(pinned):
+        shown.insert(at, what)
+    return np.array(shown[:k], np.int64)
 
 
 def _scaled(score_BM: Floats, real_BM: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:

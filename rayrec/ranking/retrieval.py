@@ -65,6 +65,14 @@ class Candidates:
     source_C: Ints
     sources: tuple[str, ...]
 
+    def adding(self, items: Ints, source: str) -> Candidates:
+        """These, and `items` of one more source."""
+        item_C = np.union1d(self.item_C, items)
+        source_C = np.zeros(len(item_C), np.int64)
+        source_C[np.searchsorted(item_C, self.item_C)] = self.source_C
+        source_C[np.searchsorted(item_C, np.unique(items))] |= 1 << len(self.sources)
+        return Candidates(item_C, source_C, (*self.sources, source))
+
     def names(self, bits: int) -> list[str]:
         """The sources that `bits` stands for."""
         return [name for s, name in enumerate(self.sources) if bits >> s & 1]
@@ -123,6 +131,11 @@ class Retriever:
                 found.append(new[::-1][:n])
         return found
 
+    def _together(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
+        """What follows the items at hand; nothing that is merely like them."""
+        follows_BN = self.following(asked.anchors)
+        return [_best_of_row(follows_BN, b, masks[b], n) for b in range(len(asked))]
+
     def _related(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         """Nearest to the items at hand by vector and by co-occurrence, half and half."""
         follows_BN = self.following(asked.anchors)
@@ -145,6 +158,7 @@ SOURCES: Final[dict[str, Source]] = {
     "popular": Retriever._most_popular,
     "new": Retriever._newcomers,
     "related": Retriever._related,
+    "together": Retriever._together,
 }
 """Every source by the name that scenes use."""
 

@@ -7,9 +7,10 @@ reason. It must not know scores. An item that several rules forbid is counted on
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from rayrec.catalogue import Catalogue
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
+NOTHING: Mapping[str, Bools] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,13 @@ class Rules:
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
 
-    def apply(self, item_C: Ints, filters: Filters, forbidden: Forbidden) -> tuple[Bools, dict[str, int]]:
+    def apply(
+        self, item_C: Ints, filters: Filters, forbidden: Forbidden, barred: Mapping[str, Bools] = NOTHING
+    ) -> tuple[Bools, dict[str, int]]:
         """Which items may be shown ([C] bool), and how many each reason removed.
 
-        An item without a price passes no price filter, one without a category no category filter, and so on.
+        barred: items of the whole catalogue that may not be shown, by reason ([N + 1] bool each). An item without a
+        price passes no price filter, one without a category no category filter, and so on.
         """
         keep_C = np.ones(len(item_C), bool)
         removed: dict[str, int] = {}
@@ -75,6 +80,8 @@ class Rules:
             if names:
                 wanted = np.concatenate([rows_of.get(name, _NONE) for name in names])
                 forbid(reason, ~np.isin(item_C, wanted))
+        for reason, barred_N in barred.items():
+            forbid(reason, barred_N[item_C])
         price_C = self.catalogue.price[item_C]
         if filters.price_min is not None:
             forbid("price", ~(price_C >= filters.price_min))
@@ -82,9 +89,22 @@ class Rules:
             forbid("price", ~(price_C <= filters.price_max))
         return keep_C, removed
 
-    def mask(self, filters: Filters, forbidden: Forbidden) -> Bools:
+    def mask(self, filters: Filters, forbidden: Forbidden, barred: Mapping[str, Bools] = NOTHING) -> Bools:
         """The whole catalogue under the same rules. [N + 1] bool."""
-        return self.apply(np.arange(len(self.catalogue) + 1), filters, forbidden)[0]
+        return self.apply(np.arange(len(self.catalogue) + 1), filters, forbidden, barred)[0]
+
+    def named(self, column: str, names: Sequence[str]) -> Bools:
+        """Items of any of the categories, or brands, of these names. [N + 1] bool."""
+        rows_of = self._in_category if column == "category" else self._of_brand
+        named_N = np.zeros(len(self.catalogue) + 1, bool)
+        for name in names:
+            named_N[rows_of.get(name, _NONE)] = True
+        return named_N
+
+    def category_of(self, item_id: str) -> str | None:
+        """All of an item's categories, as the catalogue writes them."""
+        row = self.catalogue.index.get(item_id)
+        return None if row is None else self.catalogue.table["category"][row - 1].as_py()
 
     def _rows(self, item_ids: Iterable[str]) -> Ints:
         index = self.catalogue.index

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 
-from rayrec.ranking.pipeline import Answer
+from rayrec.ranking.requests import Answer
 from rayrec.serving.wire import EventsAnswer
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from rayrec.errors import StateError, UsageError
-from rayrec.ranking.pipeline import UnknownItemError
+from rayrec.ranking.requests import UnknownItemError
 
 log = logging.getLogger(__name__)
 

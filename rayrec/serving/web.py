@@ -25,6 +25,7 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import ServeConfig
 from rayrec.errors import StateError
 from rayrec.ranking import pipeline
+from rayrec.ranking.requests import Answer, Request
 from rayrec.serving import problems, wire
 from rayrec.serving.batching import Batcher, OverCapacityError
 from rayrec.serving.guard import Guard
@@ -63,7 +64,7 @@ class Service:
         self.metrics = Metrics()
         self.started = time.monotonic()
         waiting = config.max_queued_requests
-        self.lists: Batcher[pipeline.Request, pipeline.Answer] = Batcher(
+        self.lists: Batcher[Request, Answer] = Batcher(
             "rank", lambda batch: self.ranker.recommend(batch, state), size=config.batch_size, max_waiting=waiting
         )
         self.events: Batcher[Sequence[Event], list[Outcome]] = Batcher(

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayrec.ranking import pipeline
+from rayrec.ranking.requests import MAX_K, Request
 from rayrec.ranking.rules import Filters
 from rayrec.schema import ACTION_CODE, SESSION_PREFIX, SYNONYMS, visitor_id
 from rayrec.state.protocol import Act, Event
@@ -182,7 +182,7 @@ class RecommendRequest(Wire):
     user_id: UserId | None = None
     session_id: Id | None = None
     scene: str = Field("home", max_length=64)
-    k: int = Field(10, ge=1, le=pipeline.MAX_K, strict=True)
+    k: int = Field(10, ge=1, le=MAX_K, strict=True)
     context: Context = Context()
     events: tuple[ItemEvent, ...] = Field((), max_length=MAX_EVENTS, description="used for this answer, not stored")
     store: bool = Field(True, description="false: nothing of this request is kept")
@@ -297,10 +297,10 @@ def event_of(sent: Any, now_ms: int, skew_s: float) -> Event:
     )
 
 
-def request_of(sent: RecommendRequest, now_ms: int, skew_s: float) -> pipeline.Request:
+def request_of(sent: RecommendRequest, now_ms: int, skew_s: float) -> Request:
     """What ranking is asked. Raises ValueError for an event that cannot be read."""
     known = sent.user_id or sent.session_id
-    return pipeline.Request(
+    return Request(
         visitor=visitor_id(sent.user_id, sent.session_id) if known else None,
         session=visitor_id(None, sent.session_id) if sent.session_id else None,
         scene=sent.scene,

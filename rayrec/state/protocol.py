@@ -6,8 +6,8 @@ them, nor models, catalogues or the web. Every backend passes the same contract 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Protocol
 
 Outcome = Literal["accepted", "duplicate", "erased"]
@@ -51,11 +51,12 @@ class History:
     """What ranking knows of one visitor.
 
     acts: the newest engagements (schema.ENGAGEMENTS), oldest first, ties in order of arrival.
-    bought: items whose purchases are not all cancelled. hidden: items that were hidden or disliked.
+    bought: items whose purchases are not all cancelled, and when each was bought last (epoch ms).
+    hidden: items that were hidden or disliked.
     """
 
     acts: tuple[Act, ...] = ()
-    bought: frozenset[str] = frozenset()
+    bought: Mapping[str, int] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()
 
 

@@ -85,7 +85,9 @@ for i = 1, #ARGV, 8 do
     local seq = number()
     redis.call('ZADD', P .. 'events:' .. whose, time_ms, seq .. body)
     if act ~= '' then redis.call('ZADD', P .. 'acts:' .. whose, time_ms, seq .. act) end
-    if mark == 'purchase' then redis.call('HINCRBY', P .. 'bought:' .. whose, item, 1)
+    if mark == 'purchase' then
+      redis.call('HINCRBY', P .. 'bought:' .. whose, item, 1)
+      redis.call('ZADD', P .. 'bought-at:' .. whose, 'GT', time_ms, item)
     elseif mark == 'cancel' then redis.call('HINCRBY', P .. 'bought:' .. whose, item, -1)
     elseif mark ~= '' then redis.call('SADD', P .. 'hidden:' .. whose, item) end
     redis.call('HINCRBY', P .. 'counts', 'events', 1)
@@ -103,6 +105,7 @@ for i = 2, #ARGV do
   out[#out + 1] = {
     redis.call('ZRANGE', P .. 'acts:' .. whose, -ARGV[1], -1, 'WITHSCORES'),
     redis.call('HGETALL', P .. 'bought:' .. whose),
+    redis.call('ZRANGE', P .. 'bought-at:' .. whose, 0, -1, 'WITHSCORES'),
     redis.call('SMEMBERS', P .. 'hidden:' .. whose)}
 end
 return out
@@ -124,7 +127,7 @@ if before then redis.call('SREM', P .. 'sessions:' .. string.sub(before, 65), se
 redis.call('HSET', P .. 'joins', session, digest .. user)
 redis.call('SADD', P .. 'sessions:' .. user, session)
 local moved = redis.call('ZCARD', P .. 'events:' .. session)
-for _, kind in ipairs({'events:', 'acts:', 'shown:'}) do
+for _, kind in ipairs({'events:', 'acts:', 'shown:', 'bought-at:'}) do
   redis.call('ZUNIONSTORE', P .. kind .. user, 2, P .. kind .. user, P .. kind .. session, 'AGGREGATE', 'MAX')
   redis.call('DEL', P .. kind .. session)
 end
@@ -151,7 +154,7 @@ if joined then
   redis.call('SREM', P .. 'sessions:' .. string.sub(joined, 65), visitor)
   redis.call('HDEL', P .. 'joins', visitor)
 end
-for _, kind in ipairs({{'events:', 'acts:', 'bought:', 'hidden:', 'shown:', 'sessions:'}}) do
+for _, kind in ipairs({{'events:', 'acts:', 'bought:', 'bought-at:', 'hidden:', 'shown:', 'sessions:'}}) do
   redis.call('DEL', P .. kind .. visitor)
 end
 redis.call('HINCRBY', P .. 'counts', 'events', 0 - #events)
@@ -402,14 +405,15 @@ def _packed(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-def _history(acts: list[str], bought: list[str], hidden: list[str]) -> History:
+def _history(acts: list[str], bought: list[str], bought_at: list[str], hidden: list[str]) -> History:
     members, times = acts[::2], acts[1::2]
-    counts = dict(zip(bought[::2], map(int, bought[1::2]), strict=True))
+    held = dict(zip(bought[::2], map(int, bought[1::2]), strict=True))
+    last = zip(bought_at[::2], bought_at[1::2], strict=True)
     return History(
         acts=tuple(
             Act._make((*json.loads(member[SEQ_DIGITS:]), int(float(time))))
             for member, time in zip(members, times, strict=True)
         ),
-        bought=frozenset(item_id for item_id, n in counts.items() if n > 0),
+        bought={item_id: int(float(time)) for item_id, time in last if held[item_id] > 0},
         hidden=frozenset(hidden),
     )

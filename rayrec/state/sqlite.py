@@ -157,19 +157,23 @@ class SqliteState:
             "ORDER BY time_ms DESC, seq DESC LIMIT ?",
             (visitor, limit),
         ).fetchall()
-        bought: defaultdict[str, int] = defaultdict(int)
+        held: defaultdict[str, int] = defaultdict(int)
+        bought_ms: dict[str, int] = {}
         hidden = set()
-        for item_id, action, n in db.execute(
-            f"SELECT item_id, action, count(*) FROM events WHERE visitor = ? AND {MARKED} GROUP BY action, item_id",
+        for item_id, action, n, last_ms in db.execute(
+            "SELECT item_id, action, count(*), max(time_ms) FROM events "
+            f"WHERE visitor = ? AND {MARKED} GROUP BY action, item_id",
             (visitor,),
         ):
             if action in ("hide", "dislike"):
                 hidden.add(item_id)
-            else:
-                bought[item_id] += n if action == "purchase" else -n
+                continue
+            held[item_id] += n if action == "purchase" else -n
+            if action == "purchase":
+                bought_ms[item_id] = last_ms
         return History(
             acts=tuple(Act(*act) for act in reversed(acts)),
-            bought=frozenset(item_id for item_id, n in bought.items() if n > 0),
+            bought={item_id: last_ms for item_id, last_ms in bought_ms.items() if held[item_id] > 0},
             hidden=frozenset(hidden),
         )
 

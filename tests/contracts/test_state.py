@@ -96,7 +96,8 @@ def test_every_field_of_an_event_survives(state: State) -> None:
 def test_bought_counts_purchases_less_cancellations(state: State) -> None:
     actions = [("a", "purchase"), ("b", "purchase"), ("b", "cancel"), ("c", "hide"), ("d", "dislike"), ("e", "view")]
     state.append_events([view("u", item_id, n, action) for n, (item_id, action) in enumerate(actions)])
-    assert history(state, "u", limit=1).bought == {"a"}
+    state.append_events([view("u", "a", 70, "purchase"), view("u", "a", 60, "purchase"), view("u", "z", 80, "cancel")])
+    assert history(state, "u", limit=1).bought == {"a": 70}, "and when last, whatever the order of arrival"
     assert history(state, "u", limit=1).hidden == {"c", "d"}
 
 
@@ -113,6 +114,13 @@ def shown(visitor: str, request_id: str = "r1") -> Shown:
 def test_lists_shown_are_kept_with_their_propensities(state: State) -> None:
     state.log_shown([shown("u"), shown("v", "r2")])
     assert state.user("u").shown == [shown("u")]
+
+
+def test_join_keeps_when_it_was_bought_last(state: State) -> None:
+    state.append_events([view("session:s", "a", 70, "purchase"), view("u", "a", 60, "purchase")])
+    state.append_events([view("u", "b", 5, "purchase"), view("session:s", "b", 6, "cancel")])
+    state.join("u", "s")
+    assert history(state, "u").bought == {"a": 70}
 
 
 def test_join_moves_what_was_and_what_comes(state: State) -> None:
