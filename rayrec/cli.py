@@ -49,6 +49,10 @@ app.add_typer(events_app, name="events")
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
 State = Annotated[str | None, typer.Option(help="sqlite:///PATH (default: beside the bundle) or redis://HOST:PORT/0.")]
 
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML of settings: scenes, their rules, all that --set can change.")
+]
+
 
 @app.command()
 def demo(
@@ -194,9 +198,7 @@ def serve(
     state: State = None,
     min_replicas: Annotated[int | None, typer.Option(min=1)] = None,
     max_replicas: Annotated[int | None, typer.Option(min=1)] = None,
-    config_: Annotated[
-        Path | None, typer.Option("--config", help="YAML of settings: scenes, their rules, all that --set can change.")
-    ] = None,
+    config_: ConfigFile = None,
     set_: Set = None,
 ) -> None:
     """Serve live lists: events in, rankings out; replicas follow the load. Ctrl-C stops it."""
@@ -218,18 +220,21 @@ def serve(
 def recommend(
     bundle: Annotated[str, typer.Argument(help="A bundle, or a BUNDLES folder.")],
     user: Annotated[str, typer.Option(help="Whose list.")],
-    scene: Annotated[str, typer.Option(help="home, item, cart.")] = "home",
+    scene: Annotated[str, typer.Option(help="home, item, cart, search, or one of --config.")] = "home",
     k: Annotated[int, typer.Option("-k", min=1, max=200)] = 10,
     item: Annotated[str | None, typer.Option(help="The item at hand, for scene item.")] = None,
+    query: Annotated[str | None, typer.Option(help="What is searched for, for scene search.")] = None,
     history: Annotated[str | None, typer.Option(metavar="DATASET", help="Take the user's past from here.")] = None,
     state: State = None,
+    config_: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
     """A user's list, without a server: the body of /v1/recommend."""
     from rayrec.bundle import default_state
     from rayrec.serving.offline import recommend as run
 
-    answer = run(bundle, state or default_state(bundle), user, scene, k, item, history)
+    config = with_file(ServeConfig(), config_) if config_ else None
+    answer = run(bundle, state or default_state(bundle), user, scene, k, item, history, query, config)
     if as_json:
         print_json(answer)
         return

@@ -300,6 +300,8 @@ class SceneConfig(Settings):
 
     sources: tuple[str, ...] = ("model", "cooccurrence", "popular", "new")
     heads: dict[str, float] = {"next": 1.0}
+    text_weight: float = Field(0.7, ge=0, le=1, description="of how well a query fits, beside taste")
+    fill: bool = Field(True, description="with popular items, where the sources give too few")
     hide_seen: bool = False
     hide_purchased: bool = True
     hide_purchased_days: float | None = Field(None, gt=0, description="for so long after the purchase; None: for good")
@@ -338,6 +340,7 @@ DEFAULT_SCENES: dict[str, SceneConfig] = {
         heads={"cart": 0.5, "purchase": 0.5},
         complements=True,
     ),
+    "search": SceneConfig(sources=("query",), fill=False, hide_purchased=False, diversity=0.0),
 }
 
 

@@ -157,7 +157,7 @@ def test_a_file_adds_a_scene_and_leaves_the_others(tmp_path: Path) -> None:
         """
     )
     config = with_file(ServeConfig(), tmp_path / "shop.yaml")
-    assert sorted(config.scenes) == ["cart", "gift", "home", "item"]
+    assert sorted(config.scenes) == ["cart", "gift", "home", "item", "search"]
     assert config.scenes["home"] == DEFAULT_SCENES["home"].model_copy(update={"max_per_brand": 2})
     assert config.scenes["cart"].heads == {"purchase": 1}
     assert config.scenes["cart"].sources == DEFAULT_SCENES["cart"].sources

@@ -131,6 +131,41 @@ def test_the_scene_of_the_cart_shows_what_goes_with_it(ranker: Ranker, state: St
     assert styles(full) == {"red", "green", "blue"}, "but it is better than a short list"
 
 
+def test_search_shows_what_is_meant_and_nothing_else(ranker: Ranker, state: State) -> None:
+    answer = ranker.recommend([Request(None, scene="search", query="gren thing", k=50)], state)[0]
+    assert ids(answer)[0].startswith("green")
+    assert {source for item in answer.items for source in item.sources} == {"query"}
+    assert answer.served_by == "query"
+    nothing = ranker.recommend([Request("u", scene="search", query="zebra")], state)[0]
+    assert ids(nothing) == []
+
+
+def test_search_is_blended_with_taste(ranker: Ranker, state: State) -> None:
+    saw(state, "r", ("red-0", "view"))
+    saw(state, "g", ("green-0", "view"))
+    searches = [Request(visitor, scene="search", query="thing", k=5) for visitor in ("r", "g")]
+    of_red, of_green = ranker.recommend(searches, state)
+    assert (styles(of_red), styles(of_green)) == ({"red"}, {"green"}), "all things fit alike"
+    assert of_red.served_by == "model"
+    exact = ranker.recommend([replace(searches[0], query="blue 7", k=1)], state)[0]
+    assert ids(exact) == ["blue-7"], "what is asked for comes before what is liked"
+    scores = [item.score for item in of_red.items]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 < scores[-1] <= scores[0] <= 1
+
+
+def test_search_keeps_to_the_filters(ranker: Ranker, state: State) -> None:
+    request = Request("u", scene="search", query="thing", k=50, filters=Filters(category=("blue",), price_max=3))
+    answer = ranker.recommend([request], state)[0]
+    assert sorted(ids(answer)) == ["blue-0", "blue-1", "blue-2"]
+
+
+@pytest.mark.parametrize("query", [None, "", "  "])
+def test_a_search_needs_a_query(ranker: Ranker, state: State, query: str | None) -> None:
+    with pytest.raises(UsageError, match=r"say what for, in context\.query"):
+        ranker.recommend([Request("u", scene="search", query=query)], state)
+
+
 def test_what_goes_together_comes_first(scorer: FakeScorer, state: State) -> None:
     scenes = {"cart": SceneConfig(sources=("together",))}
     ranker = Ranker(scorer, ServeConfig(scenes=scenes, diversity=0))
@@ -211,7 +246,7 @@ def test_k_is_1_to_200(ranker: Ranker, state: State, k: int) -> None:
 
 
 def test_unknown_scene_and_item_are_named(ranker: Ranker, state: State) -> None:
-    with pytest.raises(UnknownSceneError, match="'attic'; there are: cart, home, item"):
+    with pytest.raises(UnknownSceneError, match="'attic'; there are: cart, home, item, search"):
         ranker.recommend([Request("u", scene="attic")], state)
     with pytest.raises(UnknownItemError, match="'nothing'"):
         ranker.recommend([Request("u", item_id="nothing")], state)

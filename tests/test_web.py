@@ -291,6 +291,13 @@ def test_the_scene_of_the_cart(client: Client) -> None:
     assert problem(client.post("/v1/recommend", {"scene": "cart", "context": {"cart": ["nothing"]}}), 404)
 
 
+def test_the_scene_of_search(client: Client) -> None:
+    answer = ask(client, scene="search", context={"query": "blue thing"}, k=3)
+    assert {item_id.split("-")[0] for item_id in ids(answer)} == {"blue"}
+    assert answer["served_by"] == "query"
+    assert "context.query" in problem(client.post("/v1/recommend", {"scene": "search"}), 422)["detail"]
+
+
 def test_events_sent_along_are_used_and_nothing_is_kept(client: Client, state: State) -> None:
     sent = [{"item_id": "red-1", "action": "view"}]
     answer = ask(client, user_id="u", events=sent, store=False)
@@ -421,7 +428,7 @@ def test_status(client: Client) -> None:
     body = client.get("/v1/status").json()
     assert body["model"] == "v7"
     assert (body["replica"], body["replicas"], body["catalogue"]) == ("one", 1, 60)
-    assert body["scenes"] == ["cart", "home", "item"]
+    assert body["scenes"] == ["cart", "home", "item", "search"]
     assert body["counters"] == {"events": 1, "shown": 0, "erased": 0}
 
 

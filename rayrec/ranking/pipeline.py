@@ -12,7 +12,8 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -39,12 +40,14 @@ from rayrec.ranking.requests import (
 from rayrec.ranking.rerank import capped, diversify, with_pinned
 from rayrec.ranking.retrieval import SOURCES, Asked, Candidates, Floats, Ints, Retriever
 from rayrec.ranking.rules import Bools, Forbidden, Rules
+from rayrec.ranking.text import TextIndex
 from rayrec.state.protocol import History, Shown, State
 
 log = logging.getLogger(__name__)
 
 POOL = 50  # at least so many candidates are re-ranked and explored
-PINNED = "pinned"
+PINNED, QUERY = "pinned", "query"
+MATCHES = 2000  # of a query, from which rules and filters take some away
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
 
@@ -109,7 +112,13 @@ class Ranker:
         self._reading = Reading(scorer, config.history)
         self._explainer = Explainer(scorer.catalogue, self.retriever)
         self._rng = rng or np.random.default_rng()
+        if any(QUERY in scene.sources for scene in config.scenes.values()):
+            _ = self._text  # now, not when the first visitor waits for it
         self._fame_N = np.log1p(scorer.catalogue.n_train) / max(np.log1p(scorer.catalogue.n_train).max(), 1.0)
+
+    @cached_property
+    def _text(self) -> TextIndex:
+        return TextIndex(self.catalogue)
 
     def check(self, request: Request) -> None:
         """Raise UnknownSceneError or UnknownItemError, naming what there is, or UsageError for a bad k."""
@@ -119,6 +128,8 @@ class Ranker:
         for item_id in (*request.cart, *([request.item_id] if request.item_id is not None else [])):
             if item_id not in self.catalogue.index:
                 raise UnknownItemError(f"there is no item '{item_id}'")
+        if self.config.scenes[request.scene].sources == (QUERY,) and not (request.query or "").strip():
+            raise UsageError(f"scene '{request.scene}' searches: say what for, in context.query")
         if not 1 <= request.k <= MAX_K:
             raise UsageError(f"k must be 1 to {MAX_K}, got {request.k}")
 
@@ -141,7 +152,7 @@ class Ranker:
             histories = self._reading.histories(requests, state)
             history, asked = self._reading.encode(requests, histories)
         with clock.stage("retrieve"):
-            asked = self._with_user_vectors(history, asked)
+            asked = self._searched(requests, policy.scene, self._with_user_vectors(history, asked))
             found = self.retriever.retrieve(asked, self._sources(policy.scene, asked), self.config.per_source)
         with clock.stage("filter"):
             found, removed = self._filter(requests, histories, policy, asked, found)
@@ -167,11 +178,17 @@ class Ranker:
         except Exception:  # whatever is wrong with the model, the shopper gets a list
             log.exception("the model failed on histories; answering without it")
             return asked
-        return Asked(user_BD, asked.known_B, asked.recent, asked.anchors)
+        return replace(asked, user_BD=user_BD)
+
+    def _searched(self, requests: Sequence[Request], scene: SceneConfig, asked: Asked) -> Asked:
+        """With what the queries mean, in a scene that asks for it."""
+        if QUERY not in scene.sources:
+            return asked
+        return replace(asked, matches=[self._text.search(request.query or "", MATCHES) for request in requests])
 
     def _sources(self, scene: SceneConfig, asked: Asked) -> list[str]:
         """The scene's sources; popular items too where some visitor has nothing to go by or the model failed."""
-        lost = asked.user_BD is None or not asked.known_B.all()
+        lost = scene.fill and (asked.user_BD is None or not asked.known_B.all())
         return list(dict.fromkeys([*scene.sources, *(["popular"] if lost else [])]))
 
     def _filter(
@@ -193,7 +210,7 @@ class Ranker:
             keep_C, reasons = self._rules.apply(found[b].item_C, request.filters, forbidden, strict)
             left = Candidates(found[b].item_C[keep_C], found[b].source_C[keep_C], found[b].sources)
             for masks in [strict] if strict is barred else [strict, barred]:
-                if len(left.item_C) < request.k:
+                if len(left.item_C) < request.k and policy.scene.fill:
                     allowed_N = self._rules.mask(request.filters, forbidden, masks)
                     left = self._again(asked.take([b]), found[b].sources, request.k, allowed_N)
             pinned = np.array([item for _, item in policy.pinned if self.retriever.sellable_N[item]], np.int64)
@@ -227,6 +244,9 @@ class Ranker:
                 strength_C = follow_C / (follow_C.max(initial=0) or 1.0)
                 score_BC[b] = 0.9 * strength_C + 0.1 * self._fame_N[candidates_BC[b]]
                 served_by[b] = "cooccurrence" if follow_C.any() else "popular"
+        if asked.matches is not None:
+            score_BC = _blended(score_BC, candidates_BC, asked.matches, scene.text_weight)
+            served_by = ["model" if by == "model" else QUERY for by in served_by]
         score_BC[candidates_BC == 0] = -np.inf
         return score_BC, served_by
 
@@ -343,6 +363,18 @@ def _forbidden(request: Request, history: History, scene: SceneConfig) -> Forbid
         bought=frozenset(bought),
         seen=frozenset(act.item_id for act in history.acts) if scene.hide_seen else frozenset(),
     )
+
+
+def _blended(score_BC: Floats, candidates_BC: Ints, matches: Sequence[tuple[Ints, Floats]], weight: float) -> Floats:
+    """How well each candidate fits the query, and taste, both as a share of the list's best."""
+    blended_BC = np.zeros(score_BC.shape, np.float32)
+    for b, (items, fit) in enumerate(matches):
+        order = np.argsort(items)
+        place_C = np.searchsorted(items[order], candidates_BC[b]).clip(max=max(0, len(items) - 1))
+        fit_C = np.where(items[order][place_C] == candidates_BC[b], fit[order][place_C], 0) if len(items) else 0
+        taste_C = np.nan_to_num(score_BC[b], nan=0.0, neginf=0.0)
+        blended_BC[b] = weight * fit_C + (1 - weight) * taste_C / (taste_C.max(initial=0) or 1.0)
+    return blended_BC
 
 
 def _padded(rows: Sequence[Ints]) -> Ints:

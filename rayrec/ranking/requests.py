@@ -33,6 +33,7 @@ class Request:
     k: int = 10
     item_id: str | None = None  # the item at hand
     cart: tuple[str, ...] = ()
+    query: str | None = None
     events: tuple[Act, ...] = ()  # used for this answer and not stored
     store: bool = True
     filters: Filters = NO_FILTERS
@@ -59,7 +60,7 @@ class Answer:
 
     request_id: str
     model: str
-    served_by: str  # "model", or the fallback that answered: "cooccurrence", "popular"
+    served_by: str  # "model", or what answered in its place: "query", "cooccurrence", "popular"
     items: list[Ranked]
     removed: dict[str, int]
     timing_ms: dict[str, float]

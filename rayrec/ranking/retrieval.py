@@ -33,13 +33,14 @@ class Asked:
 
     user_BD: visitors' vectors, None if the model failed. known_B: the visitor has a history.
     recent: newest distinct items of each visitor, newest first. anchors: the items at hand (on the page,
-    in the cart).
+    in the cart). matches: what a query means, best first, with a score 0..1; None where nothing is searched.
     """
 
     user_BD: Floats | None
     known_B: Bools
     recent: Sequence[Ints]
     anchors: Sequence[Ints]
+    matches: Sequence[tuple[Ints, Floats]] | None = None
 
     def __len__(self) -> int:
         return len(self.known_B)
@@ -51,6 +52,7 @@ class Asked:
             known_B=self.known_B[list(rows)],
             recent=[self.recent[row] for row in rows],
             anchors=[self.anchors[row] for row in rows],
+            matches=None if self.matches is None else [self.matches[row] for row in rows],
         )
 
 
@@ -136,6 +138,11 @@ class Retriever:
         follows_BN = self.following(asked.anchors)
         return [_best_of_row(follows_BN, b, masks[b], n) for b in range(len(asked))]
 
+    def _matching(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
+        if asked.matches is None:
+            return [_NONE] * len(asked)
+        return [items[mask[items]][:n] for (items, _), mask in zip(asked.matches, masks, strict=True)]
+
     def _related(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         """Nearest to the items at hand by vector and by co-occurrence, half and half."""
         follows_BN = self.following(asked.anchors)
@@ -159,6 +166,7 @@ SOURCES: Final[dict[str, Source]] = {
     "new": Retriever._newcomers,
     "related": Retriever._related,
     "together": Retriever._together,
+    "query": Retriever._matching,
 }
 """Every source by the name that scenes use."""
 

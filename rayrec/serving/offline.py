@@ -23,11 +23,12 @@ from rayrec.state import open_state
 
 
 def recommend(
-    bundle_path: str, state_url: str, user_id: str, scene: str, k: int, item_id: str | None, history: str | None
-) -> dict[str, Any]:
+    bundle_path: str, state_url: str, user_id: str, scene: str, k: int, item_id: str | None, history: str | None,
+    query: str | None = None, config: ServeConfig | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The list of one user. Nothing of it is stored.
 
-    history: a dataset to take the user's past from, beside what the state holds; UsageError if it has no such user.
+    item_id, query: what is at hand, and what is searched for. history: a dataset to take the user's past from, beside what the state holds; UsageError if it has no such user.
     """
     bundle = Bundle.open(bundle_path)
     session_id = user_id.removeprefix(SESSION_PREFIX) if user_id.startswith(SESSION_PREFIX) else None
@@ -37,7 +38,7 @@ def recommend(
             session_id=session_id,
             scene=scene,
             k=k,
-            context=wire.Context(item_id=item_id) if item_id else wire.Context(),
+            context=wire.Context(item_id=item_id or None, query=query),
             events=past(Dataset.open(history), user_id) if history else (),
             store=False,
         )
@@ -47,7 +48,7 @@ def recommend(
     service = Service(
         load_scorer(bundle),
         open_state(state_url),
-        ServeConfig(),
+        config or ServeConfig(),
         model=bundle.version,
         image_of=None,
         replica_id="offline",

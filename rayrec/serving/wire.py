@@ -307,6 +307,7 @@ def request_of(sent: RecommendRequest, now_ms: int, skew_s: float) -> Request:
         k=sent.k,
         item_id=sent.context.item_id,
         cart=sent.context.cart,
+        query=sent.context.query,
         events=tuple(
             Act(event.item_id, action_of(event.action), time_of(event.timestamp, now_ms, skew_s))
             for event in sent.events
