@@ -28,7 +28,8 @@ def recommend(
 ) -> dict[str, Any]:  # fmt: skip
     """The list of one user. Nothing of it is stored.
 
-    item_id, query: what is at hand, and what is searched for. history: a dataset to take the user's past from, beside what the state holds; UsageError if it has no such user.
+    item_id, query: what is at hand, and what is searched for. history: a dataset to take the user's past from, beside
+    what the state holds; UsageError if it has no such user.
     """
     bundle = Bundle.open(bundle_path)
     session_id = user_id.removeprefix(SESSION_PREFIX) if user_id.startswith(SESSION_PREFIX) else None
