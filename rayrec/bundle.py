@@ -236,6 +236,13 @@ def publish(bundle: Bundle) -> None:
         write_atomically(bundle.path.parent / CURRENT, content)
 
 
+def current_version(path: str | Path) -> str | None:
+    """The live version of a BUNDLES folder or URI; None if `path` is none, or nothing is published there."""
+    fs, root = filesystem(str(path))
+    version = (read_text(fs, f"{root}/{CURRENT}") or "").strip()
+    return version if _VERSION.fullmatch(version) else None
+
+
 def versions(bundles: str | Path) -> list[str]:
     """Finished versions in a BUNDLES folder or URI, by name."""
     fs, root = filesystem(str(bundles))

@@ -198,11 +198,14 @@ def serve(
     state: State = None,
     min_replicas: Annotated[int | None, typer.Option(min=1)] = None,
     max_replicas: Annotated[int | None, typer.Option(min=1)] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve each version that is published, without a stop.")
+    ] = False,
     config_: ConfigFile = None,
     set_: Set = None,
 ) -> None:
     """Serve live lists: events in, rankings out; replicas follow the load. Ctrl-C stops it."""
-    from rayrec.bundle import default_state
+    from rayrec.bundle import current_version, default_state
     from rayrec.cluster import require_absolute
     from rayrec.serving.app import run_server
 
@@ -213,7 +216,9 @@ def serve(
     options = [f"autoscale.{name}={value}" for name, value in given.items() if value is not None]
     from_file = with_file(ServeConfig(), config_) if config_ else ServeConfig()
     config: ServeConfig = with_settings(from_file, [*options, *(set_ or [])])
-    run_server(bundle, state_url=state or default_state(bundle), config=config, host=host, port=port)
+    if watch and current_version(bundle) is None:
+        raise UsageError(f"--watch follows a BUNDLES folder, and {bundle} is none")
+    run_server(bundle, state_url=state or default_state(bundle), config=config, host=host, port=port, watch=watch)
 
 
 @app.command()

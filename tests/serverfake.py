@@ -15,5 +15,6 @@ if __name__ == "__main__":
         config=with_settings(ServeConfig(), settings),
         port=int(port),
         loader="shopfake:load_fake",
+        watch=True,
         on_ready=lambda url: print(f"ready {url}", flush=True),
     )

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 
-from rayrec.bundle import BundleWriter
+from rayrec.bundle import Bundle, BundleWriter, publish
 from rayrec.config import AutoscaleConfig, ServeConfig
 from rayrec.errors import BundleError, ResourceError, UsageError
 from rayrec.serving.app import served
@@ -34,10 +34,16 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that is valid and holds nothing: the fake scorer needs no files."""
-    with BundleWriter(tmp_path_factory.mktemp("bundles"), "v1") as writer:
+    """A BUNDLES folder whose bundle is valid and holds nothing: the fake scorer needs no files."""
+    bundles = tmp_path_factory.mktemp("bundles")
+    publish(hollow(bundles, "v1"))
+    return bundles
+
+
+def hollow(bundles: Path, version: str) -> Bundle:
+    with BundleWriter(bundles, version) as writer:
         writer.json("config.json", {})
-        return writer.commit(clock="time").path
+        return writer.commit(clock="time")
 
 
 class Server:
@@ -164,6 +170,25 @@ def test_events_that_were_answered_survive_kill_9_of_every_replica(server: Serve
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert again.json() == {"accepted": 0, "duplicate": 10, "unknown_item": 0, "rejected": []}
+
+
+@pytest.mark.ray
+def test_what_is_published_is_served_by_all_and_no_request_is_lost(server: Server, bundle: Path) -> None:
+    """The replicas of before were killed: those that came in their place do it too."""
+    publish(hollow(bundle, "v2"))
+    serving: dict[str, str] = {}
+    deadline = time.monotonic() + 60
+    while len(serving) < 2 or set(serving.values()) != {"v2"}:
+        answer = httpx.get(server.url + "/v1/status", timeout=10)
+        assert answer.status_code == 200
+        serving[answer.json()["replica"]] = answer.json()["model"]
+        assert server.post("/v1/recommend", {"user_id": "u"})["model"] in ("v1", "v2")
+        assert time.monotonic() < deadline, serving
+    broken = hollow(bundle, "v3")
+    (broken.path / "config.json").write_text("{ }")
+    publish(broken)
+    server._wait_for("refused v3", 30)
+    assert server.post("/v1/recommend", {"user_id": "u"})["model"] == "v2"
 
 
 def is_our_replica(process: psutil.Process) -> bool:

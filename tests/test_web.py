@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from shopfake import FakeScorer, catalogue
+from webclient import Client
 
 from rayrec.config import ServeConfig
 from rayrec.errors import StateError
@@ -23,49 +23,6 @@ from rayrec.serving.guard import is_loopback
 from rayrec.serving.web import create_app
 from rayrec.state import State, open_state
 
-
-class Client:
-    """The application called in this process, its lifespan included, through a plain synchronous interface."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._http = httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url=BASE)
-        self._life = app.router.lifespan_context(app)
-        self._wait(self._life.__aenter__())
-
-    def _wait(self, awaitable: Any) -> Any:
-        async def run() -> Any:
-            return await awaitable
-
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(30)
-
-    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        return self._wait(self._http.request(method, path, **options))
-
-    def get(self, path: str, **options: Any) -> httpx.Response:
-        return self.request("GET", path, **options)
-
-    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        return self.request("POST", path, **({"json": body} if body is not None else {}), **options)
-
-    def together(self, calls: list[tuple[str, Any]]) -> list[httpx.Response]:
-        async def run() -> list[httpx.Response]:
-            return await asyncio.gather(*(self._http.post(path, json=body) for path, body in calls))
-
-        return self._wait(run())
-
-    def close(self) -> None:
-        self._wait(self._life.__aexit__(None, None, None))
-        self._wait(self._http.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
-        self._loop.close()
-
-
-BASE = "http://127.0.0.1:8000"
 PICTURE = b"\xff\xd8picture"
 
 
@@ -474,7 +431,7 @@ def test_openapi_names_every_route_and_type(client: Client) -> None:
     document = client.get("/openapi.json").json()
     assert {
         *("/v1/events", "/v1/recommend", "/v1/items/{item_id}", "/v1/items/{item_id}/image", "/v1/users/{user_id}"),
-        *("/v1/users/{user_id}:join", "/v1/status", "/healthz", "/readyz", "/metrics"),
+        *("/v1/users/{user_id}:join", "/v1/status", "/v1/models/{version}:activate", "/healthz", "/readyz", "/metrics"),
     } == set(document["paths"])
     text = json.dumps(document)
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:

@@ -41,7 +41,7 @@ from rayrec.ranking.rerank import capped, diversify, with_pinned
 from rayrec.ranking.retrieval import SOURCES, Asked, Candidates, Floats, Ints, Retriever
 from rayrec.ranking.rules import Bools, Forbidden, Rules
 from rayrec.ranking.text import TextIndex
-from rayrec.state.protocol import History, Shown, State
+from rayrec.state.protocol import History, Past, Shown
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Ranker:
         if not 1 <= request.k <= MAX_K:
             raise UsageError(f"k must be 1 to {MAX_K}, got {request.k}")
 
-    def recommend(self, requests: Sequence[Request], state: State) -> list[Answer]:
+    def recommend(self, requests: Sequence[Request], state: Past) -> list[Answer]:
         """Answer each request, in order, and log what is shown. Raises as `check`, and StateError."""
         for request in requests:
             self.check(request)
@@ -146,7 +146,7 @@ class Ranker:
         self._log_shown(requests, ordered, state)
         return ordered
 
-    def _recommend(self, requests: list[Request], policy: Policy, state: State) -> list[Answer]:
+    def _recommend(self, requests: list[Request], policy: Policy, state: Past) -> list[Answer]:
         clock = Clock()
         with clock.stage("history"):
             histories = self._reading.histories(requests, state)
@@ -329,7 +329,7 @@ class Ranker:
         ids, scores = self.catalogue.ids[items].tolist(), np.nan_to_num(score_C[places]).tolist()
         return [Ranked(*facts) for facts in zip(ids, scores, propensities.tolist(), sources, reasons, strict=True)]
 
-    def _log_shown(self, requests: Sequence[Request], answers: Sequence[Answer], state: State) -> None:
+    def _log_shown(self, requests: Sequence[Request], answers: Sequence[Answer], state: Past) -> None:
         """Keep what is shown, but for requests that want nothing kept."""
         now_ms = time.time_ns() // 1_000_000
         lists = [

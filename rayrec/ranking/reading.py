@@ -17,7 +17,7 @@ from rayrec.history import HistoryBatch, encode_history
 from rayrec.ranking.requests import Request
 from rayrec.ranking.retrieval import RECENT, Asked, Ints
 from rayrec.schema import ACTION_CODE, ENGAGEMENTS
-from rayrec.state.protocol import Act, History, State
+from rayrec.state.protocol import Act, History, Past
 
 NO_HISTORY = History()
 DAY_MS = 86_400_000
@@ -39,7 +39,7 @@ class Reading:
     def __init__(self, reader: Reader, newest: int) -> None:
         self._reader, self._newest = reader, newest
 
-    def histories(self, requests: Sequence[Request], state: State) -> list[History]:
+    def histories(self, requests: Sequence[Request], state: Past) -> list[History]:
         """What is stored of each visitor, and the request's own events, in order of time."""
         visitors = list({one for request in requests for one in (request.visitor, request.session) if one is not None})
         stored = dict(zip(visitors, state.histories(visitors, self._newest), strict=True))

@@ -25,16 +25,20 @@ import httpx
 import ray
 
 from rayrec import cluster
-from rayrec.bundle import Bundle
+from rayrec.bundle import Bundle, current_version
 from rayrec.config import ServeConfig
-from rayrec.errors import ResourceError, UsageError
+from rayrec.errors import RayrecError, ResourceError, UsageError
 from rayrec.progress import step
 from rayrec.serving.guard import is_loopback
+from rayrec.serving.live import ACTIVE_MODEL, Loaded
 from rayrec.state import absolute_url, open_state
+
+log = logging.getLogger(__name__)
 
 APP_NAME: Final = "rayrec"
 LOADER: Final = "rayrec.serving.scorer:load_scorer"
 READY_WITHIN_S: Final = 120.0
+WATCH_EVERY_S: Final = 1.0
 
 
 @contextmanager
@@ -57,7 +61,9 @@ def served(
     bundle = Bundle.open(bundle_path)
     bundle_path = bundle.uri or str(bundle.path)  # one version for all replicas, whatever is published meanwhile
     state_url = absolute_url(state_url)
-    open_state(state_url).close()
+    state = open_state(state_url)
+    state.put_setting(ACTIVE_MODEL, bundle.version)  # whatever was live when it was served last
+    state.close()
     folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir="/tmp"))  # HAProxy's socket paths end at 97 characters
     settings = proxy_settings(folder)
     before = {name: os.environ[name] for name in settings if name in os.environ}
@@ -88,11 +94,13 @@ def run_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     loader: str = LOADER,
+    watch: bool = False,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGTERM, or Ctrl-C, which raises KeyboardInterrupt when all is cleared up.
 
-    on_ready: called with the URL. For the main thread. Raises as `served`.
+    watch: follow what is published in the BUNDLES folder. on_ready: called with the URL. For the main thread. Raises
+    as `served`.
     """
     stop = threading.Event()
     interrupted = False
@@ -109,8 +117,11 @@ def run_server(
     try:
         with served(bundle_path, state_url=state_url, config=config, host=host, port=port, loader=loader) as url:
             (on_ready or (lambda url: step(f"serving at {url}; Ctrl-C stops")))(url)
-            while not stop.wait(3600):
-                pass
+            live = current_version(bundle_path)
+            while not stop.wait(WATCH_EVERY_S if watch else 3600):
+                if watch and (published := current_version(bundle_path)) not in (live, None):
+                    live = published
+                    _activate(url, published)
     except KeyboardInterrupt:
         step("stopped")
         if interrupted:
@@ -118,6 +129,16 @@ def run_server(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _activate(url: str, version: str) -> None:
+    """Ask the running service to serve another version; what came of it is said."""
+    try:
+        answer = httpx.post(f"{url}/v1/models/{version}:activate", timeout=READY_WITHIN_S)
+        said = "" if answer.status_code == 200 else answer.json()["detail"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        said = f"no answer ({error})"
+    step(f"serving {version} now" if not said else f"refused {version}: {said}")
 
 
 def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str = LOADER) -> Any:
@@ -151,24 +172,42 @@ class Replica:
         import torch
 
         torch.set_num_threads(1)
-        bundle = Bundle.open(bundle_path)
         module, _, function = loader.partition(":")
-        self.scorer = getattr(importlib.import_module(module), function)(bundle)
-        self.bundle, self.state_url, self.config = bundle, state_url, ServeConfig.model_validate_json(config)
+        self._load_scorer = getattr(importlib.import_module(module), function)
+        self._bundles = bundle_path.rstrip("/").rpartition("/")[0]
+        self.state_url, self.config = state_url, ServeConfig.model_validate_json(config)
+        given = bundle_path.rstrip("/").rpartition("/")[2]
+        state = open_state(state_url)
+        self.version = state.setting(ACTIVE_MODEL) or given
+        state.close()
+        try:
+            self.loaded = self.load(self.version)
+        except RayrecError as error:
+            if self.version == given:
+                raise
+            log.error("cannot load model %s, which is live elsewhere (%s); serving %s", self.version, error, given)
+            self.version, self.loaded = given, self.load(given)
+
+    def load(self, version: str) -> Loaded:
+        """A version of the same BUNDLES folder. Raises UsageError, BundleError."""
+        from rayrec.serving.pictures import Pictures
+
+        bundle = Bundle.open(f"{self._bundles}/{version}")
+        return Loaded(self._load_scorer(bundle), Pictures(bundle))
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray Serve once this replica is constructed."""
         from ray import serve
 
-        from rayrec.serving.pictures import Pictures
         from rayrec.serving.web import create_app
 
         return create_app(
-            self.scorer,
+            self.loaded.scorer,
             open_state(self.state_url),
             self.config,
-            model=self.bundle.version,
-            image_of=Pictures(self.bundle),
+            model=self.version,
+            image_of=self.loaded.image_of,
+            load=self.load,
             replica_id=serve.get_replica_context().replica_tag,
         )
 

@@ -10,25 +10,24 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
-from urllib.parse import quote
 
 from fastapi import FastAPI, Path, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from rayrec import __version__
-from rayrec.catalogue import Catalogue
 from rayrec.config import ServeConfig
-from rayrec.errors import StateError
-from rayrec.ranking import pipeline
+from rayrec.errors import BundleError, StateError, UsageError
+from rayrec.ranking.pipeline import Scorer
 from rayrec.ranking.requests import Answer, Request
 from rayrec.serving import problems, wire
 from rayrec.serving.batching import Batcher, OverCapacityError
 from rayrec.serving.guard import Guard
+from rayrec.serving.live import Cards, ImageOf, Live, Load, Loaded, Model
 from rayrec.serving.metrics import MEDIA_TYPE, Metrics
 from rayrec.serving.problems import ProblemError
 from rayrec.state.protocol import Event, Outcome, Shown, State
@@ -38,38 +37,38 @@ log = logging.getLogger(__name__)
 BEAT_EVERY_S = 1.0
 ALIVE_MS = 3500  # a replica that was silent for longer is gone
 
-Image = tuple[bytes, str]
-ImageOf = Callable[[int], Image | None]
-"""Bytes and media type of an item's image, by item index."""
-
 
 class Service:
     """One replica: a model, the shared state, and the two batchers between them and the event loop."""
 
     def __init__(
         self,
-        scorer: pipeline.Scorer,
+        scorer: Scorer,
         state: State,
         config: ServeConfig,
         *,
         model: str,
         image_of: ImageOf | None,
         replica_id: str | None,
+        load: Load | None = None,
     ) -> None:
-        self.state, self.config, self.model, self.image_of = state, config, model, image_of
+        self.state, self.config = state, config
         self.replica_id = replica_id or uuid.uuid4().hex[:8]
-        self.ranker = pipeline.Ranker(scorer, config, model=model)
-        self.catalogue = scorer.catalogue
-        self.cards = Cards(scorer.catalogue, with_images=image_of is not None)
+        self.live = Live(Model(model, Loaded(scorer, image_of), config), config, state, load)
         self.metrics = Metrics()
         self.started = time.monotonic()
         waiting = config.max_queued_requests
-        self.lists: Batcher[Request, Answer] = Batcher(
-            "rank", lambda batch: self.ranker.recommend(batch, state), size=config.batch_size, max_waiting=waiting
+        self.lists: Batcher[Request, tuple[Answer, Cards]] = Batcher(
+            "rank", self._rank, size=config.batch_size, max_waiting=waiting
         )
         self.events: Batcher[Sequence[Event], list[Outcome]] = Batcher(
             "events", self._append, size=config.batch_size, max_waiting=waiting
         )
+
+    def _rank(self, batch: list[Request]) -> list[tuple[Answer, Cards]]:
+        """Answers, each with the cards of the model that gave it."""
+        model = self.live.model
+        return [(answer, model.cards) for answer in model.ranker.recommend(batch, self.state)]
 
     def _append(self, batch: list[Sequence[Event]]) -> list[list[Outcome]]:
         """Several clients' events in one transaction."""
@@ -93,7 +92,7 @@ class Service:
             for index, outcome in zip(place, outcomes, strict=True)
             if outcome == "erased"
         ]
-        known = self.catalogue.index
+        known = self.live.model.catalogue.index
         answer = wire.EventsAnswer(
             accepted=outcomes.count("accepted"),
             duplicate=outcomes.count("duplicate"),
@@ -112,14 +111,14 @@ class Service:
             request = wire.request_of(sent, _now_ms(), self.config.clock_skew_s)
         except ValueError as error:
             raise ProblemError(422, f"/events: {error}") from None
-        self.ranker.check(request)
-        answer = await self.lists.submit(request)
+        self.live.model.ranker.check(request)
+        answer, cards = await self.lists.submit(request)
         self.metrics.answered(answer)
         return {
             "request_id": answer.request_id,
             "model": answer.model,
             "served_by": answer.served_by,
-            "items": [self.cards.of(item.item_id) | asdict(item) for item in answer.items],
+            "items": [cards.of(item.item_id) | asdict(item) for item in answer.items],
             "removed": answer.removed,
             "timing_ms": {stage: round(ms, 3) for stage, ms in answer.timing_ms.items()},
         }
@@ -129,21 +128,22 @@ class Service:
         replicas = await asyncio.to_thread(self.state.replicas, ALIVE_MS)
         counts = await asyncio.to_thread(self.state.counts)
         return wire.Status(
-            model=self.model,
+            model=self.live.model.version,
             version=__version__,
             replica=self.replica_id,
             replicas=max(1, len(replicas)),
-            catalogue=len(self.catalogue),
+            catalogue=len(self.live.model.catalogue),
             scenes=sorted(self.config.scenes),
             uptime_s=round(time.monotonic() - self.started, 3),
             counters=counts,
         )
 
     async def beat(self) -> None:
-        """Report this replica for as long as it lives."""
+        """Report this replica for as long as it lives, and follow what the others are told."""
         while True:
             try:
-                await asyncio.to_thread(self.state.beat, self.replica_id, self.model)
+                await self.live.follow()
+                await asyncio.to_thread(self.state.beat, self.replica_id, self.live.model.version)
             except StateError as error:
                 log.warning("cannot report this replica: %s", error)
             await asyncio.sleep(BEAT_EVERY_S)
@@ -159,31 +159,8 @@ class Service:
         self.state.close()
 
 
-class Cards:
-    """What people are shown of each item."""
-
-    def __init__(self, catalogue: Catalogue, *, with_images: bool) -> None:
-        self._index, self._with_images = catalogue.index, with_images
-        columns = ("title", "category", "brand", "price", "has_image")
-        self._rows = list(zip(*(catalogue.table[name].to_pylist() for name in columns), strict=True))
-
-    def of(self, item_id: str) -> dict[str, Any]:
-        """`wire.ItemOut` of an item that is in the catalogue."""
-        title, category, brand, price, has_image = self._rows[self._index[item_id] - 1]
-        image = f"/v1/items/{quote(item_id, safe='')}/image" if has_image and self._with_images else None
-        price = price if price is not None and price == price else None
-        return {
-            "item_id": item_id,
-            "title": title,
-            "category": category,
-            "brand": brand,
-            "price": price,
-            "image": image,
-        }
-
-
 def create_app(
-    scorer: pipeline.Scorer,
+    scorer: Scorer,
     state: State,
     config: ServeConfig | None = None,
     *,
@@ -191,14 +168,15 @@ def create_app(
     image_of: ImageOf | None = None,
     replica_id: str | None = None,
     loopback_only: bool = True,
+    load: Load | None = None,
 ) -> FastAPI:
     """The application of one replica. It owns `state` and closes it at the end of its life.
 
     model: the version that answers name. image_of: bytes and media type of an item's image, by item index.
-    loopback_only: refuse requests whose Host or Origin is not a loopback name.
+    loopback_only: refuse requests whose Host or Origin is not a loopback name. load: reads another version, to swap to.
     """
     config = config or ServeConfig()
-    service = Service(scorer, state, config, model=model, image_of=image_of, replica_id=replica_id)
+    service = Service(scorer, state, config, model=model, image_of=image_of, replica_id=replica_id, load=load)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -244,8 +222,9 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/items/{item_id:path}/image", responses={200: {"content": {"image/*": {}}}})
     async def image(item_id: ItemPath) -> Response:
         """The picture of an item."""
-        index = service.catalogue.index.get(item_id)
-        found = await asyncio.to_thread(service.image_of, index) if index and service.image_of else None
+        model = service.live.model
+        index = model.catalogue.index.get(item_id)
+        found = await asyncio.to_thread(model.image_of, index) if index and model.image_of else None
         if found is None:
             raise ProblemError(404, "there is no picture of this item")
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "max-age=3600"})
@@ -253,9 +232,10 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/items/{item_id:path}", response_model=wire.ItemOut)
     async def item(item_id: ItemPath) -> Response:
         """What the catalogue says of an item."""
-        if item_id not in service.catalogue.index:
+        model = service.live.model
+        if item_id not in model.catalogue.index:
             raise ProblemError(404, f"there is no item '{item_id}'")
-        return JSONResponse(service.cards.of(item_id))
+        return JSONResponse(model.cards.of(item_id))
 
 
 def _add_people_routes(app: FastAPI, service: Service) -> None:
@@ -299,6 +279,17 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
         """Model, replicas, catalogue, counters."""
         return await service.status()
 
+    @app.post("/v1/models/{version}:activate")
+    async def activate(version: wire.Version) -> wire.ActivateAnswer:
+        """Serve another version, in all replicas, without losing a request; a broken one is refused."""
+        try:
+            before = await service.live.activate(version)
+        except UsageError as error:
+            raise ProblemError(404, str(error)) from None
+        except BundleError as error:
+            raise ProblemError(409, f"{error}; {service.live.model.version} goes on") from None
+        return wire.ActivateAnswer(model=version, before=before)
+
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the process is alive."""
@@ -308,7 +299,7 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
     async def readyz() -> dict[str, str]:
         """Whether lists can be served: the model is loaded and the state answers."""
         await asyncio.to_thread(service.state.setting, "active_model")
-        return {"status": "ready", "model": service.model}
+        return {"status": "ready", "model": service.live.model.version}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -10,6 +10,7 @@ import re
 from datetime import datetime, timezone
 from typing import Annotated, Any, Final
 
+from fastapi import Path
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -265,6 +266,16 @@ class Status(BaseModel):
     scenes: list[str]
     uptime_s: float
     counters: dict[str, int]
+
+
+Version = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="a bundle's version")]
+
+
+class ActivateAnswer(BaseModel):
+    """The version that is live now, and the one before."""
+
+    model: str
+    before: str
 
 
 class Problem(BaseModel):

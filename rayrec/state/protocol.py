@@ -111,7 +111,17 @@ class Replica(NamedTuple):
     beat_ms: int
 
 
-class State(Protocol):
+class Past(Protocol):
+    """What ranking asks of a state, and tells it."""
+
+    def histories(self, visitors: Sequence[str], limit: int) -> list[History]:
+        """The history of each visitor, with the newest `limit` engagements; empty for an unknown one."""
+
+    def log_shown(self, lists: Sequence[Shown]) -> None:
+        """Keep lists as they were shown."""
+
+
+class State(Past, Protocol):
     """Shared state, safe to use from several threads and processes.
 
     What `append_events` has answered survives `kill -9` of every process. Methods raise `StateError` when the
@@ -120,12 +130,6 @@ class State(Protocol):
 
     def append_events(self, events: Sequence[Event]) -> list[Outcome]:
         """Store events durably, all or none; one outcome each, in order. An event_id counts once, ever."""
-
-    def histories(self, visitors: Sequence[str], limit: int) -> list[History]:
-        """The history of each visitor, with the newest `limit` engagements; empty for an unknown one."""
-
-    def log_shown(self, lists: Sequence[Shown]) -> None:
-        """Keep lists as they were shown."""
 
     def user(self, visitor: str) -> UserRecord:
         """Everything held about a visitor; empty for an unknown one."""

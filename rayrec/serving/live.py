@@ -1,0 +1,158 @@
+"""The model that a replica serves, and how it becomes another while requests go on.
+
+In: versions, a loader of them, the shared state. Out: the live model. A new one is loaded and tried beside the old one
+and then takes its place at once; one that fails is refused, and the old one goes on. It must not know routes or files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+from urllib.parse import quote
+
+from rayrec.catalogue import Catalogue
+from rayrec.config import ServeConfig
+from rayrec.errors import BundleError, RayrecError
+from rayrec.ranking.pipeline import Ranker, Scorer
+from rayrec.ranking.requests import Request
+from rayrec.state.protocol import Act, History, Shown, State
+
+log = logging.getLogger(__name__)
+
+ACTIVE_MODEL: Final = "active_model"
+"""The setting that names the version which all replicas serve."""
+
+Image = tuple[bytes, str]
+ImageOf = Callable[[int], Image | None]
+"""Bytes and media type of an item's image, by item index."""
+
+
+class Loaded(NamedTuple):
+    """What is read of a version."""
+
+    scorer: Scorer
+    image_of: ImageOf | None
+
+
+Load = Callable[[str], Loaded]
+"""From a version's name. Raises UsageError if there is none of that name, BundleError for one that is broken."""
+
+
+class Model:
+    """One version, with all that is derived from it."""
+
+    def __init__(self, version: str, loaded: Loaded, config: ServeConfig) -> None:
+        self.version, self.image_of = version, loaded.image_of
+        self.ranker = Ranker(loaded.scorer, config, model=version)
+        self.catalogue: Catalogue = loaded.scorer.catalogue
+        self.cards = Cards(self.catalogue, with_images=loaded.image_of is not None)
+
+    def try_out(self) -> None:
+        """Answer a visitor of every scene, which also warms it up. Raises BundleError if that goes wrong."""
+        ids = self.catalogue.ids[1:].tolist()
+        if not ids:
+            return
+        acts = tuple(Act(item_id, "view", n) for n, item_id in enumerate(ids[:3]))
+        scenes = self.ranker.config.scenes
+        asked = [Request("nobody", scene, query=ids[0], events=acts, store=False) for scene in scenes]
+        try:
+            answers = self.ranker.recommend(asked, _Nobody())
+        except Exception as error:
+            raise BundleError(f"{self.version}: fails on a first request ({error})") from error
+        for scene, answer in zip(scenes, answers, strict=True):
+            if answer.served_by not in ("model", "query"):
+                raise BundleError(f"{self.version}: the model fails on a first request of scene '{scene}'")
+            score = [item.score for item in answer.items]
+            if score and not (max(score) > 0 and all(0 <= one <= 1 for one in score)):  # NaN is shown as 0
+                raise BundleError(f"{self.version}: gives scores that are no probabilities, in scene '{scene}'")
+
+
+@dataclass
+class Live:
+    """The live model of one replica. Reading `model` is atomic: take it once for all that belongs together."""
+
+    model: Model
+    config: ServeConfig
+    state: State
+    load: Load | None = None
+
+    def __post_init__(self) -> None:
+        self._swapping = threading.Lock()
+        self._refused: str | None = None
+
+    async def activate(self, version: str) -> str:
+        """Make `version` the live one here, and tell the other replicas; the version that was live before.
+
+        Raises as `Load`, BundleError for a model that fails on a first request, StateError.
+        """
+        before = self.model.version
+        model = await asyncio.to_thread(self._ready, version)
+        await asyncio.to_thread(self.state.put_setting, ACTIVE_MODEL, version)
+        self.model = model
+        return before
+
+    async def follow(self) -> None:
+        """Become what the state says, if another replica was told so. Raises StateError."""
+        wanted = await asyncio.to_thread(self.state.setting, ACTIVE_MODEL)
+        if wanted is None or wanted in (self.model.version, self._refused) or self.load is None:
+            return
+        try:
+            self.model = await asyncio.to_thread(self._ready, wanted)
+        except RayrecError as error:
+            self._refused = wanted  # and not every second anew
+            log.error("refused model %s: %s; going on with %s", wanted, error, self.model.version)
+        else:
+            self._refused = None
+            log.warning("serving model %s", wanted)
+
+    def _ready(self, version: str) -> Model:
+        if self.load is None:
+            raise BundleError("this server was given one model alone, and cannot load others")
+        with self._swapping:  # two of them would need the memory of both
+            if version == self.model.version:
+                return self.model
+            try:
+                model = Model(version, self.load(version), self.config)
+            except RayrecError:
+                raise
+            except Exception as error:  # a file that says what it may not
+                raise BundleError(f"{version}: cannot be loaded ({error})") from error
+            model.try_out()
+            return model
+
+
+class _Nobody:
+    """The state of visitors of whom nothing is held, for a trial."""
+
+    def histories(self, visitors: Sequence[str], limit: int) -> list[History]:
+        return [History()] * len(visitors)
+
+    def log_shown(self, lists: Sequence[Shown]) -> None:
+        raise AssertionError("a trial is not stored")
+
+
+class Cards:
+    """What people are shown of each item."""
+
+    def __init__(self, catalogue: Catalogue, *, with_images: bool) -> None:
+        self._index, self._with_images = catalogue.index, with_images
+        columns = ("title", "category", "brand", "price", "has_image")
+        self._rows = list(zip(*(catalogue.table[name].to_pylist() for name in columns), strict=True))
+
+    def of(self, item_id: str) -> dict[str, Any]:
+        """`wire.ItemOut` of an item that is in the catalogue."""
+        title, category, brand, price, has_image = self._rows[self._index[item_id] - 1]
+        image = f"/v1/items/{quote(item_id, safe='')}/image" if has_image and self._with_images else None
+        price = price if price is not None and price == price else None
+        return {
+            "item_id": item_id,
+            "title": title,
+            "category": category,
+            "brand": brand,
+            "price": price,
+            "image": image,
+        }
