@@ -358,6 +358,11 @@ class ServeConfig(Settings):
     max_queued_requests: int = Field(200, ge=1)
     batch_size: int = Field(16, ge=1, description="requests ranked together in a replica")
     clock_skew_s: float = Field(300, ge=0, description="a client's clock may be so far ahead")
+    visitor_rate: float = Field(20, ge=0, description="requests a second and replica of one visitor's token; 0: any")
+    key_rate: float = Field(0, ge=0, description="requests a second and replica of one key; 0 is no limit")
+    newcomer_rate: float = Field(50, ge=0, description="visitors' tokens a second and replica; 0 is no limit")
+    cors_origins: tuple[str, ...] = Field((), description="pages of these origins may call from a browser")
+    audit_file: str = Field("", description="where each replica appends who read, joined or erased whom; needs no keys")
     replica_cpus: float = Field(1.0, gt=0, description="CPUs that a replica reserves on the cluster")
 
 

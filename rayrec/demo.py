@@ -27,6 +27,7 @@ from rayrec.evaluation.table import table_lines
 from rayrec.progress import step
 from rayrec.serving.app import checked_address, run_server, served
 from rayrec.serving.judging import judge
+from rayrec.serving.keys import own_headers
 from rayrec.training.trainer import train
 
 COLOUR, KIND = "Red", "shoes"
@@ -130,7 +131,7 @@ def shop_for(url: str, wanted: list[str]) -> dict[str, Any]:
     Raises ResourceError if the list did not turn to what was clicked.
     """
     visitor = f"demo-{uuid.uuid4().hex[:8]}"
-    with httpx.Client(base_url=url, timeout=10) as client:
+    with httpx.Client(base_url=url, timeout=10, headers=own_headers()) as client:
         before = _shelf(client, visitor)
         step(f"\na new visitor sees\n{_titles(before)}")
         for item_id in wanted[:CLICKS]:

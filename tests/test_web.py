@@ -431,7 +431,15 @@ def test_openapi_names_every_route_and_type(client: Client) -> None:
     document = client.get("/openapi.json").json()
     assert {
         *("/v1/events", "/v1/recommend", "/v1/items/{item_id}", "/v1/items/{item_id}/image", "/v1/users/{user_id}"),
-        *("/v1/users/{user_id}:join", "/v1/status", "/v1/models/{version}:activate", "/healthz", "/readyz", "/metrics"),
+        *(
+            "/v1/users/{user_id}:join",
+            "/v1/status",
+            "/v1/models/{version}:activate",
+            "/v1/visitors",
+            "/healthz",
+            "/readyz",
+            "/metrics",
+        ),
     } == set(document["paths"])
     text = json.dumps(document)
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:

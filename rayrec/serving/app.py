@@ -30,6 +30,7 @@ from rayrec.config import ServeConfig
 from rayrec.errors import RayrecError, ResourceError, UsageError
 from rayrec.progress import step
 from rayrec.serving.guard import is_loopback
+from rayrec.serving.keys import KEYS, Keys, own_headers
 from rayrec.serving.live import ACTIVE_MODEL, Loaded
 from rayrec.state import absolute_url, open_state
 
@@ -134,7 +135,8 @@ def run_server(
 def _activate(url: str, version: str) -> None:
     """Ask the running service to serve another version; what came of it is said."""
     try:
-        answer = httpx.post(f"{url}/v1/models/{version}:activate", timeout=READY_WITHIN_S)
+        path = f"{url}/v1/models/{version}:activate"
+        answer = httpx.post(path, headers=own_headers(), timeout=READY_WITHIN_S)
         said = "" if answer.status_code == 200 else answer.json()["detail"]
     except (httpx.HTTPError, ValueError, KeyError) as error:
         said = f"no answer ({error})"
@@ -162,14 +164,20 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # paths hold user ids
     )
-    return deployment(serve.ingress()(Replica)).bind(bundle_path, state_url, config.model_dump_json(), loader)
+    return deployment(serve.ingress()(Replica)).bind(
+        bundle_path, state_url, config.model_dump_json(), loader, given_keys() is not None
+    )
 
 
 class Replica:
     """One replica: loads the bundle, opens the state, and is the web application."""
 
-    def __init__(self, bundle_path: str, state_url: str, config: str, loader: str) -> None:
+    def __init__(self, bundle_path: str, state_url: str, config: str, loader: str, keyed: bool) -> None:
         import torch
+
+        self.keys = given_keys()
+        if keyed and self.keys is None:  # else it would take everybody for a local caller
+            raise ResourceError(f"{KEYS} is set where the service was started and not on this node: set it there too")
 
         torch.set_num_threads(1)
         module, _, function = loader.partition(":")
@@ -207,6 +215,7 @@ class Replica:
             self.config,
             model=self.version,
             image_of=self.loaded.image_of,
+            keys=self.keys,
             load=self.load,
             replica_id=serve.get_replica_context().replica_tag,
         )
@@ -265,12 +274,11 @@ def _end_proxies(folder: Path) -> None:
 
 def checked_address(host: str, port: int) -> str:
     """The URL of an address that is loopback and free. Raises UsageError and ResourceError, as `served`."""
-    if os.environ.get("RAYREC_API_KEYS"):
-        raise UsageError("RAYREC_API_KEYS is set, but this version checks no keys yet; unset it to serve on loopback")
-    if not is_loopback(host):
+    keys = given_keys()
+    if keys is None and not is_loopback(host):
         raise UsageError(
-            f"--host {host}: without keys the server is for this machine only; use 127.0.0.1, and a front proxy that "
-            "checks who calls to reach it from elsewhere"
+            f"--host {host}: without keys the server is for this machine only; use 127.0.0.1, or set {KEYS} to "
+            "shop=KEY,admin=KEY (and let a front proxy speak TLS)"
         )
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -281,6 +289,12 @@ def checked_address(host: str, port: int) -> str:
                 f"{host}:{port}: {error.strerror}; stop what uses it or choose another --port"
             ) from None
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def given_keys() -> Keys | None:
+    """The keys of the environment, None without any. Raises UsageError if they are not as they must be."""
+    text = os.environ.get(KEYS)
+    return Keys.parse(text) if text else None
 
 
 def _require_room(config: ServeConfig) -> None:

@@ -10,20 +10,37 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rayrec.serving.keys import ANYONE, LOCAL, Caller, Keys, needed
+from rayrec.serving.limits import Limiter
 from rayrec.serving.problems import problem
+
+CALLER = "rayrec.caller"
+"""Where a request's scope tells who calls: a `keys.Caller`."""
+NO_LIMIT = Limiter(0)
 
 
 class Guard:
-    """ASGI middleware: body limit, and for a server without keys loopback names only.
+    """ASGI middleware: who may call what, how often and with how much; without keys loopback names only.
 
     A page from elsewhere, or a name that was re-bound to this machine, cannot reach a server without keys: its
     `Origin` or `Host` gives it away.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, loopback_only: bool) -> None:
-        self.app, self.max_body_bytes, self.loopback_only = app, max_body_bytes, loopback_only
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        keys: Keys | None = None,
+        visitor_rate: float = 0,
+        key_rate: float = 0,
+        newcomer_rate: float = 0,
+    ) -> None:
+        self.app, self.max_body_bytes, self.keys = app, max_body_bytes, keys
+        self._visitors, self._keys, self._newcomers = Limiter(visitor_rate), Limiter(key_rate), Limiter(newcomer_rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer with a problem."""
@@ -31,11 +48,10 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if self.loopback_only:
-            for name, url in (("Host", f"//{headers.get('host', '')}"), ("Origin", headers.get("origin"))):
-                if url is not None and not is_loopback(_hostname(url)):
-                    await problem(403, f"{name}: this server answers loopback names only")(scope, receive, send)
-                    return
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
         size = headers.get("content-length", "")
         too_large = size.isdecimal() and int(size) > self.max_body_bytes
         if "transfer-encoding" in headers:
@@ -46,6 +62,34 @@ class Guard:
             await refusal(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        """Why the caller may not call this; None if they may, and then the scope tells who they are."""
+        if self.keys is None:
+            for name, url in (("Host", f"//{headers.get('host', '')}"), ("Origin", headers.get("origin"))):
+                if url is not None and not is_loopback(_hostname(url)):
+                    return problem(403, f"{name}: this server answers loopback names only")
+            scope[CALLER] = LOCAL
+            return None
+        caller = self.keys.caller(headers.get("authorization"))
+        scope_needed = needed(scope["method"], scope["path"])
+        if caller is None or (caller is ANYONE and scope_needed != "public"):
+            said = "send a key or a visitor's token: Authorization: Bearer ..." if caller else "no such key or token"
+            return problem(401, said, headers={"WWW-Authenticate": "Bearer"})
+        if not caller.may(scope_needed):
+            return problem(403, f"this is for the scope '{scope_needed}', and yours is '{caller.scope}'")
+        own = f"/v1/users/session:{caller.session}"
+        if caller.session is not None and scope["path"].startswith("/v1/users/") and scope["path"] != own:
+            return problem(403, "a visitor's token is for their own session")
+        if not self._limiter(scope, caller).admits(caller.session or caller.name):
+            return problem(429, "too many requests; slow down", headers={"Retry-After": "1"})
+        scope[CALLER] = caller
+        return None
+
+    def _limiter(self, scope: Scope, caller: Caller) -> Limiter:
+        if scope["path"] == "/v1/visitors":
+            return self._newcomers
+        return self._keys if caller.may("shop") else self._visitors if caller.session else NO_LIMIT
 
 
 def is_loopback(host: str | None) -> bool:

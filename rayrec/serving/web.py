@@ -16,17 +16,21 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Response
+from fastapi import FastAPI, Path, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from rayrec import __version__
 from rayrec.config import ServeConfig
 from rayrec.errors import BundleError, StateError, UsageError
+from rayrec.ranking import requests
 from rayrec.ranking.pipeline import Scorer
-from rayrec.ranking.requests import Answer, Request
+from rayrec.schema import visitor_id
 from rayrec.serving import problems, wire
+from rayrec.serving.audit import Audit
 from rayrec.serving.batching import Batcher, OverCapacityError
-from rayrec.serving.guard import Guard
+from rayrec.serving.guard import CALLER, Guard
+from rayrec.serving.keys import LOCAL, TOKEN_S, Caller, Keys, new_session
 from rayrec.serving.live import Cards, ImageOf, Live, Load, Loaded, Model
 from rayrec.serving.metrics import MEDIA_TYPE, Metrics
 from rayrec.serving.problems import ProblemError
@@ -58,14 +62,14 @@ class Service:
         self.metrics = Metrics()
         self.started = time.monotonic()
         waiting = config.max_queued_requests
-        self.lists: Batcher[Request, tuple[Answer, Cards]] = Batcher(
+        self.lists: Batcher[requests.Request, tuple[requests.Answer, Cards]] = Batcher(
             "rank", self._rank, size=config.batch_size, max_waiting=waiting
         )
         self.events: Batcher[Sequence[Event], list[Outcome]] = Batcher(
             "events", self._append, size=config.batch_size, max_waiting=waiting
         )
 
-    def _rank(self, batch: list[Request]) -> list[tuple[Answer, Cards]]:
+    def _rank(self, batch: list[requests.Request]) -> list[tuple[requests.Answer, Cards]]:
         """Answers, each with the cards of the model that gave it."""
         model = self.live.model
         return [(answer, model.cards) for answer in model.ranker.recommend(batch, self.state)]
@@ -75,14 +79,17 @@ class Service:
         outcomes = iter(self.state.append_events([event for events in batch for event in events]))
         return [[next(outcomes) for _ in events] for events in batch]
 
-    async def store(self, sent: wire.EventsRequest) -> wire.EventsAnswer:
-        """Store what can be stored; answer once it is durable."""
+    async def store(self, sent: wire.EventsRequest, caller: Caller = LOCAL) -> wire.EventsAnswer:
+        """Store what can be stored; answer once it is durable. A visitor's events are their own session's."""
         now_ms, rejected = _now_ms(), []
         events: list[Event] = []
         place: list[int] = []
         for index, one in enumerate(sent.events):
             try:
-                events.append(wire.event_of(one, now_ms, self.config.clock_skew_s))
+                event = wire.event_of(one, now_ms, self.config.clock_skew_s)
+                if caller.session is not None and event.visitor != visitor_id(None, caller.session):
+                    raise ValueError("a visitor's token is for their own session")
+                events.append(event)
                 place.append(index)
             except ValueError as error:
                 rejected.append(wire.Rejected(index=index, reason=str(error)))
@@ -105,8 +112,10 @@ class Service:
         self.metrics.stored(answer)
         return answer
 
-    async def recommend(self, sent: wire.RecommendRequest) -> dict[str, Any]:
+    async def recommend(self, sent: wire.RecommendRequest, caller: Caller = LOCAL) -> dict[str, Any]:
         """The body of an answer, as `wire.RecommendAnswer`."""
+        if caller.session is not None and (sent.user_id is not None or sent.session_id not in (None, caller.session)):
+            raise ProblemError(403, "a visitor's token is for their own session")
         try:
             request = wire.request_of(sent, _now_ms(), self.config.clock_skew_s)
         except ValueError as error:
@@ -167,13 +176,13 @@ def create_app(
     model: str = "unnamed",
     image_of: ImageOf | None = None,
     replica_id: str | None = None,
-    loopback_only: bool = True,
+    keys: Keys | None = None,
     load: Load | None = None,
 ) -> FastAPI:
     """The application of one replica. It owns `state` and closes it at the end of its life.
 
     model: the version that answers name. image_of: bytes and media type of an item's image, by item index.
-    loopback_only: refuse requests whose Host or Origin is not a loopback name. load: reads another version, to swap to.
+    keys: who may call; None: whoever is on this machine, by a loopback name. load: reads another version, to swap to.
     """
     config = config or ServeConfig()
     service = Service(scorer, state, config, model=model, image_of=image_of, replica_id=replica_id, load=load)
@@ -194,29 +203,42 @@ def create_app(
         responses={422: {"model": wire.Problem, "content": {problems.MEDIA_TYPE: {}}}},
     )
     problems.install(app)
-    app.add_middleware(Guard, max_body_bytes=config.max_body_bytes, loopback_only=loopback_only)
+    app.add_middleware(
+        Guard,
+        max_body_bytes=config.max_body_bytes,
+        keys=keys,
+        visitor_rate=config.visitor_rate,
+        key_rate=config.key_rate,
+    )
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
 
     @app.exception_handler(OverCapacityError)
     async def _full(request: object, error: OverCapacityError) -> Response:
         return problems.problem(429, "over capacity; try again", headers={"Retry-After": "1"})
 
     _add_main_routes(app, service)
-    _add_people_routes(app, service)
+    _add_people_routes(app, service, keys)
     _add_service_routes(app, service)
     return app
 
 
 def _add_main_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/events", response_model=wire.EventsAnswer)
-    async def events(body: wire.EventsRequest) -> Response:
+    async def events(body: wire.EventsRequest, request: Request) -> Response:
         """Store 1 to 1,000 events; answered once they are durable."""
-        answer = await service.store(body)
+        answer = await service.store(body, request.scope[CALLER])
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.post("/v1/recommend", response_model=wire.RecommendAnswer)
-    async def recommend(body: wire.RecommendRequest) -> Response:
+    async def recommend(body: wire.RecommendRequest, request: Request) -> Response:
         """A personal list. An unknown visitor gets one too."""
-        answer = await service.recommend(body)
+        answer = await service.recommend(body, request.scope[CALLER])
         return Response(json.dumps(answer, ensure_ascii=False, allow_nan=False), media_type="application/json")
 
     @app.get("/v1/items/{item_id:path}/image", responses={200: {"content": {"image/*": {}}}})
@@ -238,10 +260,23 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse(model.cards.of(item_id))
 
 
-def _add_people_routes(app: FastAPI, service: Service) -> None:
+def _add_people_routes(app: FastAPI, service: Service, keys: Keys | None) -> None:
+    audit = Audit(service.config.audit_file, keys.secret if keys else None)
+
+    async def note(request: Request, deed: str, about: str) -> None:
+        await asyncio.to_thread(audit, request.scope[CALLER], deed, about)
+
+    @app.post("/v1/visitors")
+    async def visitor(body: wire.VisitorRequest) -> wire.VisitorAnswer:
+        """A session of its own, with a token, for a browser: it never holds a key."""
+        session = keys.session_of(body.token, renewing=True) if keys and body.token else None
+        session = session or new_session()
+        return wire.VisitorAnswer(session_id=session, token=keys.token(session) if keys else None, expires_s=TOKEN_S)
+
     @app.get("/v1/users/{user_id:path}")
-    async def user(user_id: UserPath) -> wire.UserAnswer:
+    async def user(user_id: UserPath, request: Request) -> wire.UserAnswer:
         """Everything held about a visitor (`session:ID` for an anonymous one)."""
+        await note(request, "read", user_id)
         held = await asyncio.to_thread(service.state.user, user_id)
         return wire.UserAnswer(
             user_id=user_id,
@@ -251,8 +286,9 @@ def _add_people_routes(app: FastAPI, service: Service) -> None:
         )
 
     @app.delete("/v1/users/{user_id:path}")
-    async def erase(user_id: UserPath) -> wire.EraseAnswer:
+    async def erase(user_id: UserPath, request: Request) -> wire.EraseAnswer:
         """Delete everything held about a visitor, for good."""
+        await note(request, "erase", user_id)
         receipt = await asyncio.to_thread(service.state.erase, user_id)
         return wire.EraseAnswer(
             tombstone=receipt.tombstone,
@@ -265,8 +301,9 @@ def _add_people_routes(app: FastAPI, service: Service) -> None:
         )
 
     @app.post("/v1/users/{user_id:path}:join")
-    async def join(user_id: UserPath, body: wire.JoinRequest) -> wire.JoinAnswer:
+    async def join(user_id: UserPath, body: wire.JoinRequest, request: Request) -> wire.JoinAnswer:
         """Give a session's past and future events to a user who has logged in."""
+        await note(request, "join", user_id)
         moved = await asyncio.to_thread(service.state.join, user_id, body.session_id)
         return wire.JoinAnswer(user_id=user_id, session_id=body.session_id, moved=moved)
 

@@ -145,6 +145,20 @@ class EventsAnswer(BaseModel):
     rejected: list[Rejected]
 
 
+class VisitorRequest(Wire):
+    """A visitor who comes, or comes back."""
+
+    token: str | None = Field(None, max_length=1024, description="an old token, to go on with its session")
+
+
+class VisitorAnswer(BaseModel):
+    """A visitor's session, and what to send as `Authorization: Bearer`; no token where the server has no keys."""
+
+    session_id: str
+    token: str | None
+    expires_s: int
+
+
 class Context(Wire):
     """What the visitor has before them."""
 
