@@ -209,6 +209,7 @@ def create_app(
         keys=keys,
         visitor_rate=config.visitor_rate,
         key_rate=config.key_rate,
+        newcomer_rate=config.newcomer_rate,
     )
     if config.cors_origins:
         app.add_middleware(
