@@ -247,6 +247,36 @@ def recommend(
         typer.echo(f"{place:3d}  {shown['score']:.4f}  {shown['item_id']:<14} {shown['title'] or ''}")
 
 
+@app.command()
+def load(
+    url: Annotated[str, typer.Argument(help="Of a running service, as http://127.0.0.1:8000.")],
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")],
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Requests a second, whatever comes of them.")] = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="Clients who wait for each answer.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Send what failed once more.")] = False,
+    users: Annotated[int, typer.Option(min=1, help="Of whom few come often (Zipf).")] = 10_000,
+    mix: Annotated[str, typer.Option(help="Shares of scenes and events, as home=6,events=4.")] = "",
+    picture: Annotated[Path | None, typer.Option(help="Draw rate, latency and replicas over time (PNG).")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Load a running service and tell how it does: failures, latencies, replicas. Keys come from RAYREC_API_KEYS."""
+    from rayrec.bench.load import run
+    from rayrec.serving.keys import own_headers
+
+    figures = run(
+        url, seconds=seconds, rate=rate, clients=clients, retry=retry, users=users, mix=mix, seed=seed,
+        headers=own_headers(), picture=picture,
+    )  # fmt: skip
+    ms, late = figures["ms"], figures["late_ms"]
+    step(f"{figures['requests']} requests, {figures['failed']} failed, {figures['rate']:g} answered a second")
+    if ms["p50"] is not None:
+        step(f"ms: p50 {ms['p50']:g}, p95 {ms['p95']:g}, p99 {ms['p99']:g}, max {ms['max']:g}")
+        step(f"sent late, for which this program is to blame: p50 {late['p50']:g} ms, p99 {late['p99']:g} ms")
+    if as_json:
+        print_json(figures)
+
+
 @bundles_app.command("list")
 def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.")], as_json: Json = False) -> None:
     """Versions in a BUNDLES folder; the live one is marked."""
