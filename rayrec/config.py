@@ -357,6 +357,7 @@ class ServeConfig(Settings):
     max_ongoing_requests: int = Field(64, ge=1)
     max_queued_requests: int = Field(200, ge=1)
     batch_size: int = Field(16, ge=1, description="requests ranked together in a replica")
+    deadline_s: float = Field(2.0, gt=0, description="a list that takes longer is answered by what is popular")
     clock_skew_s: float = Field(300, ge=0, description="a client's clock may be so far ahead")
     visitor_rate: float = Field(20, ge=0, description="requests a second and replica of one visitor's token; 0: any")
     key_rate: float = Field(0, ge=0, description="requests a second and replica of one key; 0 is no limit")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +12,15 @@ import pytest
 from shopfake import FakeScorer, catalogue
 
 from rayrec.config import SceneConfig, ServeConfig
-from rayrec.errors import UsageError
+from rayrec.errors import StateError, UsageError
 from rayrec.history import HistoryBatch
 from rayrec.ranking.pipeline import Ranker
 from rayrec.ranking.requests import Answer, Request, UnknownItemError, UnknownSceneError
 from rayrec.ranking.rules import Filters
 from rayrec.schema import ACTION_CODE
 from rayrec.state import State, open_state
-from rayrec.state.protocol import Act, Event
+from rayrec.state.protocol import Act, Event, History, Shown
+from rayrec.state.sqlite import SqliteState
 
 PLAIN = ServeConfig(diversity=0.0)
 
@@ -129,6 +130,47 @@ def test_the_scene_of_the_cart_shows_what_goes_with_it(ranker: Ranker, state: St
     assert answer.served_by == "model"
     (full,) = ranker.recommend([Request(None, scene="cart", cart=("red-0",), k=50)], state)
     assert styles(full) == {"red", "green", "blue"}, "but it is better than a short list"
+
+
+class Away(SqliteState):
+    """A state whose reads, or writes, fail."""
+
+    failing: tuple[str, ...] = ()
+
+    def histories(self, visitors: Sequence[str], limit: int) -> list[History]:
+        if "histories" in self.failing:
+            raise StateError("away")
+        return super().histories(visitors, limit)
+
+    def log_shown(self, lists: Sequence[Shown]) -> None:
+        if "log_shown" in self.failing:
+            raise StateError("away")
+        super().log_shown(lists)
+
+
+def test_a_state_that_is_away_costs_the_history_and_no_answer(ranker: Ranker, tmp_path: Path) -> None:
+    state = Away(tmp_path / "away.db")
+    saw(state, "u", ("green-7", "click"))
+    assert ranker.recommend([Request("u")], state)[0].without == ()
+    state.failing = ("histories",)
+    lost, here = ranker.recommend([Request("u"), Request("u", events=(Act("red-1", "view", 1),))], state)
+    assert (lost.served_by, lost.without) == ("popular", ("state",))
+    assert (here.served_by, styles(here)) == ("context", {"red"})
+    state.failing = ("log_shown",)
+    unlogged = ranker.recommend([Request("u")], state)[0]
+    assert (unlogged.served_by, unlogged.without) == ("model", ("log",))
+    assert len(state.user("u").shown) == 3
+
+
+def test_what_is_popular_keeps_to_the_rules(scorer: FakeScorer) -> None:
+    scenes = {"home": SceneConfig(never=({"category": ("red",)},))}
+    ranker = Ranker(scorer, ServeConfig(scenes=scenes))
+    answer = ranker.popular(Request("u", k=3, item_id="blue-0", filters=Filters(exclude=("green-0",))))
+    assert styles(answer) == {"blue", "green"}
+    assert not {"blue-0", "green-0"} & set(ids(answer))
+    assert (answer.served_by, answer.without) == ("popular", ("time",))
+    with pytest.raises(UnknownSceneError):
+        ranker.popular(Request("u", scene="attic"))
 
 
 def test_search_shows_what_is_meant_and_nothing_else(ranker: Ranker, state: State) -> None:

@@ -389,6 +389,50 @@ def test_status(client: Client) -> None:
     assert body["counters"] == {"events": 1, "shown": 0, "erased": 0}
 
 
+def test_a_late_list_is_what_is_popular(tmp_path: Path) -> None:
+    class Slow(FakeScorer):
+        """Sleeps when it is told to."""
+
+        seconds = 0.0
+
+        def user_vectors(self, history: Any) -> Any:
+            time.sleep(self.seconds)
+            return super().user_vectors(history)
+
+    scorer = Slow()
+    state = open_state(f"sqlite:///{tmp_path}/state.db")
+    client = Client(create_app(scorer, state, ServeConfig(deadline_s=0.3)))
+    store(client, event())
+    body = {"user_id": "u", "k": 5}
+    scorer.seconds = 1.0
+    started = time.monotonic()
+    late = ask(client, **body)
+    assert time.monotonic() - started < 0.9
+    assert (late["served_by"], len(late["items"])) == ("popular", 5)
+    assert 'rayrec_answers_without_total{what="time"} 1.0' in client.get("/metrics").text
+    scorer.seconds = 0.0
+    time.sleep(1.0)
+    assert ask(client, **body)["served_by"] == "model"
+    client.close()
+
+
+def test_a_state_that_is_away_refuses_events_and_answers_lists(
+    client: Client, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(client, event())
+
+    def away(*_: object) -> Any:
+        raise StateError("away")
+
+    for name in ("append_events", "histories", "log_shown"):
+        monkeypatch.setattr(state, name, away)
+    problem(client.post("/v1/events", {"events": [event()]}), 503)
+    assert ask(client, user_id="u")["served_by"] == "popular"
+    text = client.get("/metrics").text
+    assert 'rayrec_answers_without_total{what="state"} 1.0' in text
+    assert 'rayrec_answers_without_total{what="log"} 1.0' in text
+
+
 def test_health(client: Client, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
 

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 
 from rayrec.catalogue import Catalogue
 from rayrec.config import SceneConfig, ServeConfig
-from rayrec.errors import UsageError
+from rayrec.errors import StateError, UsageError
 from rayrec.history import HistoryBatch
 from rayrec.ranking.explain import Explainer
 from rayrec.ranking.explore import explore
@@ -134,7 +134,10 @@ class Ranker:
             raise UsageError(f"k must be 1 to {MAX_K}, got {request.k}")
 
     def recommend(self, requests: Sequence[Request], state: Past) -> list[Answer]:
-        """Answer each request, in order, and log what is shown. Raises as `check`, and StateError."""
+        """Answer each request, in order, and log what is shown. Raises as `check`.
+
+        Whatever fails behind it, there is an answer, which tells what it did without.
+        """
         for request in requests:
             self.check(request)
         answers: dict[int, Answer] = {}
@@ -143,13 +146,28 @@ class Ranker:
             together = self._recommend([requests[row] for row in rows], self._policies[scene], state)
             answers.update(zip(rows, together, strict=True))
         ordered = [answers[row] for row in range(len(requests))]
-        self._log_shown(requests, ordered, state)
+        try:
+            self._log_shown(requests, ordered, state)
+        except StateError as error:
+            log.error("lists are shown and not logged: %s", error)
+            return [replace(answer, without=(*answer.without, "log")) for answer in ordered]
         return ordered
+
+    def popular(self, request: Request) -> Answer:
+        """What is popular, at once: no history, no model, no log. Raises as `check`."""
+        self.check(request)
+        policy = self._policies[request.scene]
+        forbidden = _forbidden(request, History(), policy.scene)
+        keep_N, removed = self._rules.apply(self.retriever.popular, request.filters, forbidden, policy.barred)
+        items = self.retriever.popular[keep_N][: request.k]
+        facts = zip(self.catalogue.ids[items].tolist(), self._fame_N[items].tolist(), strict=True)
+        ranked = [Ranked(item_id, fame, 1.0, ["popular"], []) for item_id, fame in facts]
+        return Answer(new_request_id(), self.model, "popular", ranked, removed, {}, without=("time",))
 
     def _recommend(self, requests: list[Request], policy: Policy, state: Past) -> list[Answer]:
         clock = Clock()
         with clock.stage("history"):
-            histories = self._reading.histories(requests, state)
+            histories, without = self._histories(requests, state)
             history, asked = self._reading.encode(requests, histories)
         with clock.stage("retrieve"):
             asked = self._searched(requests, policy.scene, self._with_user_vectors(history, asked))
@@ -165,10 +183,22 @@ class Ranker:
             lists = [
                 self._describe(request, asked, b, found[b], score_BC[b], shown[b]) for b, request in enumerate(requests)
             ]
+        if asked.user_BD is None:
+            without = (*without, "model")
+        if "state" in without:
+            served_by = ["context" if by == "model" else by for by in served_by]
         return [
-            Answer(new_request_id(), self.model, served_by[b], lists[b], removed[b], clock.ms)
+            Answer(new_request_id(), self.model, served_by[b], lists[b], removed[b], clock.ms, without)
             for b in range(len(requests))
         ]
+
+    def _histories(self, requests: Sequence[Request], state: Past) -> tuple[list[History], tuple[str, ...]]:
+        """The visitors' past; what they sent along alone, where the state is away."""
+        try:
+            return self._reading.histories(requests, state), ()
+        except StateError as error:
+            log.error("answering without histories: %s", error)
+            return self._reading.put_together(requests, {}), ("state",)
 
     # ------------------------------------------------------------ candidates
 

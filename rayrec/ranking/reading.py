@@ -7,7 +7,7 @@ candidates or scores.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -40,9 +40,12 @@ class Reading:
         self._reader, self._newest = reader, newest
 
     def histories(self, requests: Sequence[Request], state: Past) -> list[History]:
-        """What is stored of each visitor, and the request's own events, in order of time."""
+        """What is stored of each visitor, and the request's own events, in order of time. Raises StateError."""
         visitors = list({one for request in requests for one in (request.visitor, request.session) if one is not None})
-        stored = dict(zip(visitors, state.histories(visitors, self._newest), strict=True))
+        return self.put_together(requests, dict(zip(visitors, state.histories(visitors, self._newest), strict=True)))
+
+    def put_together(self, requests: Sequence[Request], stored: Mapping[str, History]) -> list[History]:
+        """What is stored of each visitor, if anything, with the request's own events."""
         histories = []
         for request in requests:
             history = stored.get(request.visitor or "", NO_HISTORY)

@@ -60,10 +60,11 @@ class Answer:
 
     request_id: str
     model: str
-    served_by: str  # "model", or what answered in its place: "query", "cooccurrence", "popular"
+    served_by: str  # "model", or what answered in its place: "query", "context", "cooccurrence", "popular"
     items: list[Ranked]
     removed: dict[str, int]
     timing_ms: dict[str, float]
+    without: tuple[str, ...] = ()  # what failed, and was done without: "state", "model", "log", "time"
 
 
 def new_request_id() -> str:

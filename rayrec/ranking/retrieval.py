@@ -89,7 +89,7 @@ class Retriever:
         self.unit_ND: Floats = (vectors_ND / np.maximum(length_N, 1e-12)).astype(np.float32)
         self.sellable_N = sellable(catalogue)
         by_events = np.argsort(-catalogue.n_train, kind="stable")
-        self._popular = by_events[self.sellable_N[by_events]]
+        self.popular = by_events[self.sellable_N[by_events]]
         self._new = np.flatnonzero(self.sellable_N & (catalogue.n_train < NEW_BELOW))
 
     def retrieve(
@@ -120,7 +120,7 @@ class Retriever:
         return start_BN @ self.cooccurrence
 
     def _most_popular(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
-        return [self._popular[mask[self._popular]][:n] for mask in masks]
+        return [self.popular[mask[self.popular]][:n] for mask in masks]
 
     def _newcomers(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         """New items: those nearest to the visitor, or the latest rows of the catalogue for an unknown one."""

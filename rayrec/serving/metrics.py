@@ -20,6 +20,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._answers = Counter("rayrec_answers", "Lists answered", ["served_by"], registry=self.registry)
+        self._without = Counter(
+            "rayrec_answers_without", "Lists answered without what failed", ["what"], registry=self.registry
+        )
         self._removed = Counter("rayrec_removed", "Candidates removed", ["reason"], registry=self.registry)
         self._events = Counter("rayrec_events", "Events received", ["outcome"], registry=self.registry)
         self._stage_s = Histogram(
@@ -29,6 +32,8 @@ class Metrics:
     def answered(self, answer: Answer) -> None:
         """Count one list."""
         self._answers.labels(answer.served_by).inc()
+        for what in answer.without:
+            self._without.labels(what).inc()
         for reason, n in answer.removed.items():
             self._removed.labels(reason).inc(n)
         for stage, ms in answer.timing_ms.items():

@@ -121,7 +121,7 @@ class Service:
         except ValueError as error:
             raise ProblemError(422, f"/events: {error}") from None
         self.live.model.ranker.check(request)
-        answer, cards = await self.lists.submit(request)
+        answer, cards = await self._in_time(request)
         self.metrics.answered(answer)
         return {
             "request_id": answer.request_id,
@@ -131,6 +131,16 @@ class Service:
             "removed": answer.removed,
             "timing_ms": {stage: round(ms, 3) for stage, ms in answer.timing_ms.items()},
         }
+
+    async def _in_time(self, request: requests.Request) -> tuple[requests.Answer, Cards]:
+        """The answer, or what is popular where it is late; a late one that is under way is logged all the same."""
+        ranking = asyncio.ensure_future(self.lists.submit(request))
+        done, _ = await asyncio.wait([ranking], timeout=self.config.deadline_s)
+        if done:
+            return ranking.result()
+        ranking.cancel()
+        model = self.live.model
+        return model.ranker.popular(request), model.cards
 
     async def status(self) -> wire.Status:
         """How the service is; replicas are those that reported themselves lately."""
