@@ -127,6 +127,11 @@ def test_a_peer_of_pictures_needs_some(shop: Dataset, calls: Path, tmp_path: Pat
     assert row["trouble"] == "learns from pictures, and this set has none"
 
 
+def test_the_others_may_have_fewer_seeds(shop: Dataset, calls: Path, tmp_path: Path) -> None:
+    row, _ = run([shop.path], tmp_path / "out", ["by-count"], seeds=3, minutes=0, settings=1, peer_seeds=1)["rows"]
+    assert row["seeds"] == [0]
+
+
 def test_at_most_so_many_settings(shop: Dataset, calls: Path, tmp_path: Path) -> None:
     row, _ = run([shop.path], tmp_path / "out", ["by-count"], seeds=1, minutes=0, settings=1)["rows"]
     assert row["settings"]["reverse"] is True

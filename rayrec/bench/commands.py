@@ -46,6 +46,7 @@ def bench_quality(
     out: Annotated[Path, typer.Option(help="Where runs are kept, and the table and picture written.")],
     model: Annotated[list[str] | None, typer.Option(help="Only these models; repeatable. Default: all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model with its chosen settings.")] = 3,
+    peer_seeds: Annotated[int | None, typer.Option(min=1, help="The same of the others than rayrec.")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="CPU minutes of a peer's training; 0 is no limit.")] = 0,
     settings: Annotated[int, typer.Option(min=0, help="Of each peer's, at most; 0 is all.")] = 0,
     set_: Set = None,
@@ -55,7 +56,7 @@ def bench_quality(
     from rayrec.bench.peer_runs import PEERS
     from rayrec.bench.quality import FLOORS, US, run
 
-    _show(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes, settings, set_ or []), as_json)
+    _show(run(datasets, out, model or [US, *FLOORS, *PEERS], seeds, minutes, settings, set_ or [], peer_seeds), as_json)
 
 
 @bench_app.command("cold")

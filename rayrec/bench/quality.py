@@ -52,13 +52,14 @@ Cost = dict[str, Any]
 
 def run(
     datasets: Sequence[str], out: Path, models: Sequence[str], seeds: int, minutes: float, settings: int = 0,
-    ours: Sequence[str] = (),
+    ours: Sequence[str] = (), peer_seeds: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run what is missing, and write `table.md` and `quality.png` into `out`; answers the table's rows.
 
     models: of `US`, FLOORS and PEERS. minutes: of CPU for each training of a peer, 0 is no limit: a busy machine takes
     none away, and a second thread gives none. settings: of each peer at most so many; 0 is all. ours: `path=value` for
-    rayrec's trainings. Raises UsageError for an unknown model or setting, or datasets of one name.
+    rayrec's trainings. peer_seeds: of the others; None is as many as ours. Raises UsageError for an unknown model or
+    setting, or datasets of one name.
     """
     known = (US, *FLOORS, *PEERS)
     if unknown := [model for model in models if model not in known]:
@@ -72,7 +73,8 @@ def run(
         shop = Shop(Dataset.open(path), out / name, minutes)
         grids = {model: PEERS[model].grid[: settings or None] for model in models if model in PEERS}
         grids[US] = (dict(setting.split("=", 1) for setting in ours),)
-        rows += [_row(shop, model, grids.get(model, ({},)), seeds) for model in models]
+        of_peers = seeds if peer_seeds is None else peer_seeds
+        rows += [_row(shop, one, grids.get(one, ({},)), seeds if one == US else of_peers) for one in models]
         rows += _mixed_row(shop, [row for row in rows if row.shop == name])
         compare(rows, US)
         (out / "table.md").write_text(table(rows))
