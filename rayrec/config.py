@@ -364,6 +364,7 @@ class ServeConfig(Settings):
     newcomer_rate: float = Field(50, ge=0, description="visitors' tokens a second and replica; 0 is no limit")
     cors_origins: tuple[str, ...] = Field((), description="pages of these origins may call from a browser")
     audit_file: str = Field("", description="where each replica appends who read, joined or erased whom; needs no keys")
+    replicas_per_node: int = Field(0, ge=0, description="at most, so that a lost node is not the service; 0: any")
     replica_cpus: float = Field(1.0, gt=0, description="CPUs that a replica reserves on the cluster")
 
 

@@ -26,7 +26,7 @@ import ray
 
 from rayrec import cluster
 from rayrec.bundle import Bundle, current_version
-from rayrec.config import ServeConfig
+from rayrec.config import ServeConfig, Settings, with_settings
 from rayrec.errors import RayrecError, ResourceError, UsageError
 from rayrec.progress import step
 from rayrec.serving.guard import is_loopback
@@ -161,12 +161,33 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
         max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         ray_actor_options={"num_cpus": config.replica_cpus},
+        **({"max_replicas_per_node": config.replicas_per_node} if config.replicas_per_node else {}),
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # paths hold user ids
     )
     return deployment(serve.ingress()(Replica)).bind(
         bundle_path, state_url, config.model_dump_json(), loader, given_keys() is not None
     )
+
+
+class Application(Settings):
+    """What `application` is given: a bundle, a state, and settings as `--set` takes them."""
+
+    bundle: str
+    state: str
+    settings: tuple[str, ...] = ()
+
+
+def application(args: Application) -> Any:
+    """The Ray Serve application of a config file: `import_path` of `serve deploy` and of a KubeRay RayService.
+
+    Raises as `served`.
+    """
+    bundle = Bundle.open(args.bundle)
+    state = open_state(absolute_url(args.state))
+    state.close()
+    config = with_settings(ServeConfig(), args.settings)
+    return build(bundle.uri or str(bundle.path), state_url=absolute_url(args.state), config=config)
 
 
 class Replica:

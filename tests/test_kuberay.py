@@ -1,0 +1,80 @@
+"""The manifests for Kubernetes, by Ray's own schema and by what rayrec reads."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from rayrec.config import ServeConfig, with_settings
+from rayrec.serving.app import Application
+from rayrec.serving.keys import KEYS
+from rayrec.state.redis import PASSWORD
+
+MANIFESTS = Path(__file__).resolve().parents[1] / "jobs" / "kuberay"
+
+
+@pytest.fixture
+def parts() -> dict[str, dict[str, Any]]:
+    return {part["kind"]: part for part in yaml.safe_load_all((MANIFESTS / "rayservice.yaml").read_text())}
+
+
+@pytest.fixture
+def serve(parts: dict[str, dict[str, Any]]) -> ServeDeploySchema:
+    return ServeDeploySchema.model_validate(yaml.safe_load(parts["RayService"]["spec"]["serveConfigV2"]))
+
+
+def containers(parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    cluster = parts["RayService"]["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [container for group in groups for container in group["template"]["spec"]["containers"]]
+
+
+def test_the_application_is_one_that_serve_can_build(serve: ServeDeploySchema) -> None:
+    (application,) = serve.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(import_module(module), name))
+    args = Application.model_validate(application.args)
+    config = with_settings(ServeConfig(), args.settings)
+    assert config.autoscale.max_replicas > config.autoscale.min_replicas > 1, "no single replica is the service"
+    assert args.state.startswith("redis://"), "a file is for one machine"
+
+
+def test_replicas_are_spread_and_find_room(parts: dict[str, dict[str, Any]], serve: ServeDeploySchema) -> None:
+    (group,) = parts["RayService"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    config = with_settings(ServeConfig(), Application.model_validate(serve.applications[0].args).settings)
+    cpus = float(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert config.replicas_per_node * config.replica_cpus <= cpus
+    assert config.autoscale.max_replicas <= group["maxReplicas"] * min(config.replicas_per_node, cpus)
+    assert config.autoscale.min_replicas >= group["minReplicas"] >= 2
+
+
+def test_secrets_come_from_a_secret_and_reach_every_node(parts: dict[str, dict[str, Any]]) -> None:
+    for container in containers(parts):
+        given = {one["name"]: one for one in container["env"]}
+        for name in (KEYS, PASSWORD):
+            assert given[name]["valueFrom"]["secretKeyRef"]["name"] == "rayrec"
+        assert given["RAY_SERVE_ENABLE_HA_PROXY"]["value"] == "1"
+
+
+def test_ray_is_the_one_that_this_is_tested_with(parts: dict[str, dict[str, Any]]) -> None:
+    version = parts["RayService"]["spec"]["rayClusterConfig"]["rayVersion"]
+    assert version.split(".")[:2] == ray.__version__.split(".")[:2]
+
+
+def test_redis_is_one_that_rayrec_takes(parts: dict[str, dict[str, Any]], serve: ServeDeploySchema) -> None:
+    stateful, service = parts["StatefulSet"], parts["Service"]
+    (container,) = stateful["spec"]["template"]["spec"]["containers"]
+    command = container["args"][0]
+    assert "--appendonly yes" in command
+    assert "--maxmemory-policy noeviction" in command
+    assert f'--requirepass "${PASSWORD}"' in command
+    assert container["volumeMounts"][0]["name"] == stateful["spec"]["volumeClaimTemplates"][0]["metadata"]["name"]
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert Application.model_validate(serve.applications[0].args).state == f"redis://{name}:{port}/0"
+    assert service["spec"]["selector"] == stateful["spec"]["template"]["metadata"]["labels"]
