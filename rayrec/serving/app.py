@@ -161,13 +161,13 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
         max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         ray_actor_options={"num_cpus": config.replica_cpus},
-        **({"max_replicas_per_node": config.replicas_per_node} if config.replicas_per_node else {}),
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # paths hold user ids
     )
-    return deployment(serve.ingress()(Replica)).bind(
-        bundle_path, state_url, config.model_dump_json(), loader, given_keys() is not None
-    )
+    replica = deployment(serve.ingress()(Replica))
+    if config.replicas_per_node:
+        replica = replica.options(max_replicas_per_node=config.replicas_per_node)
+    return replica.bind(bundle_path, state_url, config.model_dump_json(), loader, given_keys() is not None)
 
 
 class Application(Settings):
