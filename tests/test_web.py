@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -459,9 +460,31 @@ def test_metrics_count_without_naming_anyone(client: Client) -> None:
         'rayrec_events_total{outcome="rejected"} 1.0',
         'rayrec_removed_total{reason="excluded"} 1.0',
         'rayrec_stage_seconds_count{stage="rerank"} 1.0',
+        'rayrec_lists_total{scene="home"} 1.0',
+        'rayrec_candidates_total{source="model"}',
+        'rayrec_model_info{version="v7"} 1.0',
+        "rayrec_batch_size_sum 1.0",
+        "rayrec_event_age_seconds_count 1.0",
     ):
         assert line in text
     assert "somebody" not in text
+
+
+def test_the_cart_is_worth_something(client: Client) -> None:
+    ask(client, scene="cart", context={"cart": ["red-0", "red-3"]})
+    assert "rayrec_basket_value_sum 5.0" in client.get("/metrics").text
+
+
+def base(metric: str) -> str:
+    return re.sub(r"_(bucket|sum|count)$", "", metric)
+
+
+def test_the_dashboard_asks_for_what_is_measured_and_leaves_nothing_out(client: Client) -> None:
+    measured = {line.split()[2] for line in client.get("/metrics").text.splitlines() if line.startswith("# TYPE ")}
+    measured = {name for name in measured if not name.endswith("_created")}
+    dashboard = json.loads((Path(__file__).resolve().parents[1] / "jobs" / "grafana" / "rayrec.json").read_text())
+    exprs = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert {base(name) for expr in exprs for name in re.findall(r"rayrec_\w+", expr)} == measured
 
 
 def test_the_storefront_needs_nothing_from_elsewhere(client: Client) -> None:

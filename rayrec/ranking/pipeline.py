@@ -172,6 +172,7 @@ class Ranker:
         with clock.stage("retrieve"):
             asked = self._searched(requests, policy.scene, self._with_user_vectors(history, asked))
             found = self.retriever.retrieve(asked, self._sources(policy.scene, asked), self.config.per_source)
+        proposed = [candidates.counts() for candidates in found]
         with clock.stage("filter"):
             found, removed = self._filter(requests, histories, policy, asked, found)
         with clock.stage("score"):
@@ -188,9 +189,17 @@ class Ranker:
         if "state" in without:
             served_by = ["context" if by == "model" else by for by in served_by]
         return [
-            Answer(new_request_id(), self.model, served_by[b], lists[b], removed[b], clock.ms, without)
-            for b in range(len(requests))
-        ]
+            Answer(
+                new_request_id(), self.model, served_by[b], lists[b], removed[b], clock.ms, without,
+                candidates=proposed[b], together=len(requests), basket=self._basket(request),
+            )
+            for b, request in enumerate(requests)
+        ]  # fmt: skip
+
+    def _basket(self, request: Request) -> float | None:
+        if not request.cart:
+            return None
+        return float(np.nansum([self.catalogue.price[self.catalogue.index[item_id]] for item_id in request.cart]))
 
     def _histories(self, requests: Sequence[Request], state: Past) -> tuple[list[History], tuple[str, ...]]:
         """The visitors' past; what they sent along alone, where the state is away."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from rayrec.errors import UsageError
 from rayrec.ranking.rules import Filters
@@ -65,6 +66,9 @@ class Answer:
     removed: dict[str, int]
     timing_ms: dict[str, float]
     without: tuple[str, ...] = ()  # what failed, and was done without: "state", "model", "log", "time"
+    candidates: Mapping[str, int] = field(default_factory=dict)  # by source, before rules; one may be of several
+    together: int = 1  # requests that were ranked in one batch
+    basket: float | None = None  # what the items of the request's cart cost
 
 
 def new_request_id() -> str:

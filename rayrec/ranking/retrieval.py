@@ -67,6 +67,10 @@ class Candidates:
     source_C: Ints
     sources: tuple[str, ...]
 
+    def counts(self) -> dict[str, int]:
+        """How many items each source proposed."""
+        return {name: int(np.count_nonzero(self.source_C >> s & 1)) for s, name in enumerate(self.sources)}
+
     def adding(self, items: Ints, source: str) -> Candidates:
         """These, and `items` of one more source."""
         item_C = np.union1d(self.item_C, items)

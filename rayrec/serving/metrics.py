@@ -5,7 +5,9 @@ In: what happened. Out: the text of `/metrics`. It must not know visitors: no la
 
 from __future__ import annotations
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from collections.abc import Iterable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rayrec.ranking.requests import Answer
 from rayrec.serving.wire import EventsAnswer
@@ -25,12 +27,41 @@ class Metrics:
         )
         self._removed = Counter("rayrec_removed", "Candidates removed", ["reason"], registry=self.registry)
         self._events = Counter("rayrec_events", "Events received", ["outcome"], registry=self.registry)
+        self._lists = Counter("rayrec_lists", "Lists answered", ["scene"], registry=self.registry)
+        self._candidates = Counter("rayrec_candidates", "Candidates proposed", ["source"], registry=self.registry)
+        self._model = Gauge("rayrec_model_info", "1 for the model that is live", ["version"], registry=self.registry)
+        self._together = Histogram(
+            "rayrec_batch_size", "Requests ranked together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+        )
+        self._basket = Histogram(
+            "rayrec_basket_value",
+            "What the items of a cart cost, where a list was asked for it",
+            buckets=(5, 10, 25, 50, 100, 250, 500, 1000),
+            registry=self.registry,
+        )
+        self._age_s = Histogram(
+            "rayrec_event_age_seconds",
+            "How long ago stored events happened",
+            buckets=(0.1, 1, 10, 60, 600, 3600, 86_400),
+            registry=self.registry,
+        )
         self._stage_s = Histogram(
             "rayrec_stage_seconds", "Time of a stage", ["stage"], buckets=BUCKETS_S, registry=self.registry
         )
 
-    def answered(self, answer: Answer) -> None:
+    def serves(self, version: str) -> None:
+        """Say which model is live."""
+        self._model.clear()
+        self._model.labels(version).set(1)
+
+    def answered(self, answer: Answer, scene: str) -> None:
         """Count one list."""
+        self._lists.labels(scene).inc()
+        self._together.observe(answer.together)
+        for source, n in answer.candidates.items():
+            self._candidates.labels(source).inc(n)
+        if answer.basket is not None:
+            self._basket.observe(answer.basket)
         self._answers.labels(answer.served_by).inc()
         for what in answer.without:
             self._without.labels(what).inc()
@@ -39,8 +70,10 @@ class Metrics:
         for stage, ms in answer.timing_ms.items():
             self._stage_s.labels(stage).observe(ms / 1000)
 
-    def stored(self, answer: EventsAnswer) -> None:
-        """Count one body of events."""
+    def stored(self, answer: EventsAnswer, age_s: Iterable[float] = ()) -> None:
+        """Count one body of events. age_s: of each that is new."""
+        for age in age_s:
+            self._age_s.observe(age)
         for outcome, n in (
             ("accepted", answer.accepted),
             ("duplicate", answer.duplicate),

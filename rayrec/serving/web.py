@@ -109,7 +109,8 @@ class Service:
             ),
             rejected=sorted(rejected, key=lambda one: one.index),
         )
-        self.metrics.stored(answer)
+        new = [event for event, outcome in zip(events, outcomes, strict=True) if outcome == "accepted"]
+        self.metrics.stored(answer, [max(0, now_ms - event.time_ms) / 1000 for event in new])
         return answer
 
     async def recommend(self, sent: wire.RecommendRequest, caller: Caller = LOCAL) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class Service:
             raise ProblemError(422, f"/events: {error}") from None
         self.live.model.ranker.check(request)
         answer, cards = await self._in_time(request)
-        self.metrics.answered(answer)
+        self.metrics.answered(answer, request.scene)
         return {
             "request_id": answer.request_id,
             "model": answer.model,
@@ -352,6 +353,7 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters and timings of the replica that answers, for Prometheus."""
+        service.metrics.serves(service.live.model.version)
         return Response(service.metrics.text(), media_type=MEDIA_TYPE)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
