@@ -45,6 +45,8 @@ app.add_typer(bundles_app, name="bundles")
 app.add_typer(bench_app, name="bench")
 events_app = typer.Typer(help="The log of what was served and done.", no_args_is_help=True)
 app.add_typer(events_app, name="events")
+experiment_app = typer.Typer(help="Two versions before live visitors.", no_args_is_help=True)
+app.add_typer(experiment_app, name="experiment")
 
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
 State = Annotated[str | None, typer.Option(help="sqlite:///PATH (default: beside the bundle) or redis://HOST:PORT/0.")]
@@ -309,18 +311,60 @@ def events_export(
     """Write all events and lists shown as a raw folder for `rayrec prepare`: served today, learned tomorrow."""
     from dataclasses import asdict
 
-    from rayrec.state import existing_state
+    from rayrec.state import using
     from rayrec.state.export import export_events
 
-    opened = existing_state(state)
-    try:
+    with using(state) as opened:
         done = export_events(opened, folder)
-    finally:
-        opened.close()
     nobody = f"; {done.nobodys} lists shown to nobody in particular are left out" if done.nobodys else ""
     step(f"{folder}: {done.events} events and {done.impressions} impressions of {done.visitors} visitors{nobody}")
     if as_json:
         print_json(asdict(done))
+
+
+StateUrl = Annotated[str, typer.Option("--state", help="sqlite:///PATH or redis://HOST:PORT/0.")]
+
+
+@experiment_app.command("start")
+def experiment_start(
+    name: Annotated[str, typer.Argument(help="Another name draws other visitors.")],
+    version: Annotated[str, typer.Argument(help="A version beside the live one.")],
+    state: StateUrl,
+    share: Annotated[float, typer.Option(help="Of the visitors, who are served by VERSION.")] = 0.1,
+) -> None:
+    """Serve a share of the visitors by another version, in all replicas within seconds."""
+    from rayrec.evaluation.experiment import start
+    from rayrec.state import using
+
+    with using(state) as opened:
+        start(opened, name, version, share)
+    step(f"experiment '{name}': {share:.0%} of the visitors get {version}")
+
+
+@experiment_app.command("stop")
+def experiment_stop(state: StateUrl) -> None:
+    """Serve everybody by the live version again. Report before: the figures are of the experiment that runs."""
+    from rayrec.evaluation.experiment import stop
+    from rayrec.state import using
+
+    with using(state) as opened:
+        stop(opened)
+
+
+@experiment_app.command("report")
+def experiment_report(state: StateUrl, as_json: Json = False) -> None:
+    """Clicks, carts and purchases of both versions, with intervals that may be looked at any day."""
+    from rayrec.evaluation.experiment import report, running, table
+    from rayrec.state import using
+
+    with using(state) as opened:
+        experiment = running(opened)
+        if experiment is None:
+            raise UsageError("no experiment is running; start one with: rayrec experiment start NAME VERSION")
+        found = report(opened, experiment)
+    step(table(found))
+    if as_json:
+        print_json(found)
 
 
 # ---------------------------------------------------------------- what commands share

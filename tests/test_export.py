@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrec.errors import UsageError
-from rayrec.state import existing_state, open_state
+from rayrec.state import open_state, using
 from rayrec.state.export import Exported, export_events
 from rayrec.state.protocol import Event, Shown, State
 
@@ -74,6 +74,6 @@ def test_an_old_export_is_not_mixed_in(state: State, tmp_path: Path) -> None:
 
 
 def test_a_state_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such file"):
-        existing_state(f"sqlite:///{tmp_path}/typo.db")
+    with pytest.raises(UsageError, match="no such file"), using(f"sqlite:///{tmp_path}/typo.db"):
+        pass
     assert not (tmp_path / "typo.db").exists()

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from rayrec.catalogue import Catalogue
 from rayrec.config import ServeConfig
 from rayrec.errors import BundleError, RayrecError
+from rayrec.evaluation.experiment import Experiment, running
 from rayrec.ranking.pipeline import Ranker, Scorer
 from rayrec.ranking.requests import Request
 from rayrec.state.protocol import Act, History, Shown, State
@@ -71,18 +72,37 @@ class Model:
                 raise BundleError(f"{self.version}: gives scores that are no probabilities, in scene '{scene}'")
 
 
+class Trial(NamedTuple):
+    """An experiment, and the model of its treatment."""
+
+    experiment: Experiment
+    model: Model
+
+
 @dataclass
 class Live:
-    """The live model of one replica. Reading `model` is atomic: take it once for all that belongs together."""
+    """The live model of one replica. Reading `model` is atomic: take it once for all that belongs together.
+
+    trial: what a share of the visitors is served by, while an experiment runs.
+    """
 
     model: Model
     config: ServeConfig
     state: State
     load: Load | None = None
+    trial: Trial | None = None
 
     def __post_init__(self) -> None:
         self._swapping = threading.Lock()
         self._refused: str | None = None
+        self._refused_trial: str | None = None
+
+    def of(self, visitor: str | None) -> Model:
+        """The model that this visitor is served by."""
+        trial = self.trial
+        if trial is None or visitor is None or trial.experiment.arm(visitor) == "control":
+            return self.model
+        return trial.model
 
     async def activate(self, version: str) -> str:
         """Make `version` the live one here, and tell the other replicas; the version that was live before.
@@ -97,6 +117,23 @@ class Live:
 
     async def follow(self) -> None:
         """Become what the state says, if another replica was told so. Raises StateError."""
+        await self._follow_model()
+        await self._follow_experiment()
+
+    async def _follow_experiment(self) -> None:
+        wanted = await asyncio.to_thread(running, self.state)
+        if wanted == (self.trial.experiment if self.trial else None) or (wanted and wanted.name == self._refused_trial):
+            return
+        if wanted is None:
+            self.trial, self._refused_trial = None, None
+            return
+        try:
+            self.trial = Trial(wanted, await asyncio.to_thread(self._ready, wanted.version))
+        except RayrecError as error:
+            self.trial, self._refused_trial = None, wanted.name
+            log.error("refused model %s of experiment '%s': %s", wanted.version, wanted.name, error)
+
+    async def _follow_model(self) -> None:
         wanted = await asyncio.to_thread(self.state.setting, ACTIVE_MODEL)
         if wanted is None or wanted in (self.model.version, self._refused) or self.load is None:
             return

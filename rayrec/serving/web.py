@@ -71,8 +71,13 @@ class Service:
 
     def _rank(self, batch: list[requests.Request]) -> list[tuple[requests.Answer, Cards]]:
         """Answers, each with the cards of the model that gave it."""
-        model = self.live.model
-        return [(answer, model.cards) for answer in model.ranker.recommend(batch, self.state)]
+        models = [self.live.of(request.visitor) for request in batch]
+        answers: dict[int, tuple[requests.Answer, Cards]] = {}
+        for model in dict.fromkeys(models):
+            rows = [row for row, one in enumerate(models) if one is model]
+            together = model.ranker.recommend([batch[row] for row in rows], self.state)
+            answers.update({row: (answer, model.cards) for row, answer in zip(rows, together, strict=True)})
+        return [answers[row] for row in range(len(batch))]
 
     def _append(self, batch: list[Sequence[Event]]) -> list[list[Outcome]]:
         """Several clients' events in one transaction."""
@@ -121,7 +126,7 @@ class Service:
             request = wire.request_of(sent, _now_ms(), self.config.clock_skew_s)
         except ValueError as error:
             raise ProblemError(422, f"/events: {error}") from None
-        self.live.model.ranker.check(request)
+        self.live.of(request.visitor).ranker.check(request)
         answer, cards = await self._in_time(request)
         self.metrics.answered(answer, request.scene)
         return {
@@ -140,7 +145,7 @@ class Service:
         if done:
             return ranking.result()
         ranking.cancel()
-        model = self.live.model
+        model = self.live.of(request.visitor)
         return model.ranker.popular(request), model.cards
 
     async def status(self) -> wire.Status:

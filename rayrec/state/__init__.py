@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
@@ -10,7 +12,7 @@ from rayrec.errors import UsageError
 from rayrec.state.protocol import State
 from rayrec.state.sqlite import SqliteState
 
-__all__ = ["State", "absolute_url", "existing_state", "open_state"]
+__all__ = ["State", "absolute_url", "open_state", "using"]
 
 
 def open_state(url: str) -> State:
@@ -34,12 +36,17 @@ def open_state(url: str) -> State:
     raise UsageError(f"state '{url}': unknown kind '{scheme}'; use sqlite:///PATH or redis://HOST:PORT/0")
 
 
-def existing_state(url: str) -> State:
-    """Open the state at `url`, which must be there. Raises as `open_state`, and UsageError if it is not."""
+@contextmanager
+def using(url: str) -> Iterator[State]:
+    """The state at `url`, which must be there. Raises as `open_state`, and UsageError if it is not."""
     path = Path(unquote(url.partition("?")[0].removeprefix("sqlite:///")))
     if url.startswith("sqlite:///") and not path.is_file():
         raise UsageError(f"state '{url}': there is no such file")
-    return open_state(url)
+    state = open_state(url)
+    try:
+        yield state
+    finally:
+        state.close()
 
 
 def absolute_url(url: str) -> str:
