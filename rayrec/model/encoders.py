@@ -6,6 +6,7 @@ In: item rows, `HistoryTensors`. Out: vectors of width D. They must not know los
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class ItemTable(nn.Module):
     image_row_N            [N + 1] int64     row in picture_MX, -1 without a picture
     picture_MX             [M, ...]          what the picture encoder reads: pixels [M, 3, S, S] uint8, or what the
                                              frozen layers of a pretrained network made of them
+
+    known: the attributes that any item has; to encode those which none has would cost a tenth of a step.
     """
 
     category_NK: Tensor
@@ -53,6 +56,7 @@ class ItemTable(nn.Module):
     warm_N: Tensor
     image_row_N: Tensor
     picture_MX: Tensor
+    known: tuple[str, ...]
 
     def __init__(
         self,
@@ -84,12 +88,20 @@ class ItemTable(nn.Module):
             "picture_MX": shrink(pixels_MHWC, image_size) if picture_MX is None else picture_MX,
         }.items():
             self.register_buffer(name, tensor, persistent=False)
+        self.known: tuple[str, ...] = tuple(
+            name for name, codes in self.attributes().items() if bool((codes > 0).any())
+        )
+
+    def attributes(self) -> dict[str, Tensor]:
+        """Codes of each attribute, by the name of what encodes it."""
+        return {"category": self.category_NK, "title": self.title_NK, "brand": self.brand_N, "price": self.price_N}
 
     def without_attributes(self) -> ItemTable:
         """The same table, which knows categories, brands, prices and titles no more."""
         codes = ("category_NK", "category_rarity_NK", "title_NK", "title_rarity_NK", "brand_N", "brand_rarity_NK")
         for name in (*codes, "price_N", "price_scaled_N", "price_z_N"):
             setattr(self, name, torch.zeros_like(getattr(self, name)))  # the old ones are the catalogue's own memory
+        self.known = ()
         return self
 
 
@@ -221,6 +233,11 @@ def picture_encoder(config: ModelConfig) -> ImageCNN | PretrainedCNN:
     return PretrainedCNN(config.image_train, config.width)
 
 
+def _only(vector_RD: Tensor, wanted_R: Tensor) -> Tensor:
+    """The other rows at zero; mostly there are none, and then nothing is computed."""
+    return vector_RD if bool(wanted_R.all()) else vector_RD * wanted_R[:, None]
+
+
 @dataclass(frozen=True)
 class Fresh:
     """Picture vectors that were encoded in this step, with gradient: [M] distinct items, [M, D].
@@ -303,18 +320,17 @@ class ItemEncoder(nn.Module):
         rows = torch.arange(len(items.brand_N), device=items.brand_N.device) if row_R is None else row_R
         vector_RD = torch.zeros(len(rows), self.config.width, device=rows.device)
         if self.id is not None:
-            id_RD = self.id(rows) * items.warm_N[rows][:, None]
-            vector_RD = vector_RD + self._hidden(id_RD, self.config.id_dropout)
+            vector_RD = vector_RD + self._hidden(_only(self.id(rows), items.warm_N[rows]), self.config.id_dropout)
         if self.cnn is not None:
             image_RD = self.image_ND[rows]
             if fresh is not None:
                 image_RD = fresh.onto(image_RD, rows, len(self.image_ND))
             vector_RD = vector_RD + self._hidden(image_RD, self.config.image_dropout)
-        if self.config.use_attributes:
-            attribute_RD = self.category(items.category_NK[rows]) + self.title(items.title_NK[rows])
-            attribute_RD = attribute_RD + self.brand(items.brand_N[rows]) + self.price(items.price_N[rows])
-            vector_RD = vector_RD + self._hidden(attribute_RD, self.config.attribute_dropout)
-        return vector_RD * (rows > 0)[:, None]
+        if self.config.use_attributes and items.known:
+            codes = items.attributes()
+            parts = [getattr(self, name)(codes[name][rows]) for name in items.known]
+            vector_RD = vector_RD + self._hidden(reduce(torch.add, parts), self.config.attribute_dropout)
+        return _only(vector_RD, rows > 0)
 
     def _hidden(self, part_RD: Tensor, share: float) -> Tensor:
         """Some rows at zero, in training; nothing is scaled up, since what is left is whole."""

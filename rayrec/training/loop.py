@@ -70,10 +70,16 @@ class Learner:
             loss: Tensor = self.module(batch)
         loss.backward()
         if self.config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            self._clip(self.config.clip_norm)
         self.optimizer.step()
         self.step += 1
         return float(loss.detach())
+
+    def _clip(self, longest: float) -> None:
+        """Shorten the gradient where it is longer. `clip_grad_norm_` writes all of it anew at every step."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if norm > longest:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, longest, norm)
 
     def _rate(self) -> float:
         if self.config.schedule == "constant":
