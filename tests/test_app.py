@@ -189,6 +189,7 @@ def test_what_is_published_is_served_by_all_and_no_request_is_lost(server: Serve
     publish(broken)
     server._wait_for("refused v3", 30)
     assert server.post("/v1/recommend", {"user_id": "u"})["model"] == "v2"
+    publish(Bundle.open(bundle / "v2"))
 
 
 def is_our_replica(process: psutil.Process) -> bool:
