@@ -362,7 +362,8 @@ class SqliteState:
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode = WAL", f"synchronous = {self._synchronous}", "secure_delete = ON"):
+        _to_wal(db)
+        for pragma in (f"synchronous = {self._synchronous}", "secure_delete = ON"):
             db.execute(f"PRAGMA {pragma}")
         return db
 
@@ -393,6 +394,19 @@ class SqliteState:
 class _Connection(NamedTuple):
     db: sqlite3.Connection
     busy: threading.Lock
+
+
+def _to_wal(db: sqlite3.Connection) -> None:
+    """Turn on the write-ahead log. SQLite does not wait for its lock where several connections ask for that at once."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _rows(db: sqlite3.Connection, table: str, columns: Sequence[str], visitor: str) -> list[tuple[Any, ...]]:
