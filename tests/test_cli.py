@@ -16,6 +16,8 @@ from rayrec import cli
 from rayrec.data.dataset import Dataset
 from rayrec.errors import BundleError, DataError, ResourceError, StateError, UsageError
 from rayrec.serving import wire
+from rayrec.state import open_state
+from rayrec.state.protocol import Event
 
 Command = Callable[..., Ran]
 
@@ -63,6 +65,11 @@ def rayrec(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         ("evaluate DIR DIR --split all", "--split"),
         ("serve DIR/none", "DIR/none: no such bundle"),
         ("serve DIR --port 0", "--port"),
+        ("serve DIR --config DIR/none.yaml", "--config DIR/none.yaml: cannot be read"),
+        ("load http://127.0.0.1:9 --seconds 1", "give --rate R or --clients C"),
+        ("events export DIR/out", "--state"),
+        ("events export DIR/out --state sqlite:///DIR/none.db", "there is no such file"),
+        ("experiment report --state sqlite:///DIR/none.db", "there is no such file"),
         ("serve DIR --port 70000", "--port"),
         ("serve DIR --min-replicas 3 --max-replicas 2", "--min-replicas 3 is more than --max-replicas 2"),
         ("serve DIR --set explor=1", "did you mean 'explore'?"),
@@ -250,6 +257,33 @@ def test_recommend_by_the_past_in_a_dataset(
     ran = rayrec(*asked[:2], "--user", "stranger", "--state", state, "--history", tiny_dataset)
     assert ran.code == 2
     assert "no user 'stranger'" in ran.err
+
+
+@pytest.mark.ray
+def test_a_scene_of_ones_own_is_asked_for(rayrec: Command, tiny_bundles: Path, state: str, tmp_path: Path) -> None:
+    (tmp_path / "shop.yaml").write_text("scenes: {gift: {sources: [popular], fill: false, max_per_category: 1}}")
+    asked = ("recommend", tiny_bundles, "--user", "u", "--state", state, "--config", tmp_path / "shop.yaml", "--json")
+    body = json.loads(rayrec(*asked, "--scene", "gift").out)
+    categories = [item["category"] for item in body["items"] if item["category"]]
+    assert len(categories) == len(set(categories)) > 0
+    found = json.loads(rayrec(*asked, "--scene", "search", "--query", body["items"][0]["title"]).out)
+    assert found["items"][0]["title"] == body["items"][0]["title"]
+    assert rayrec(*asked, "--scene", "search").code == 2
+
+
+def test_events_are_exported_and_experiments_reported(rayrec: Command, state: str, tmp_path: Path) -> None:
+    opened = open_state(state)
+    opened.append_events([Event("u", "a", "view", 1_700_000_000_000)])
+    opened.close()
+    body = json.loads(rayrec("events", "export", tmp_path / "raw", "--state", state, "--json").out)
+    assert body == {"visitors": 1, "events": 1, "impressions": 0, "nobodys": 0, "files": 1}
+    assert rayrec("events", "export", tmp_path / "raw", "--state", state).code == 2, "not into an old one"
+    assert rayrec("experiment", "report", "--state", state).code == 2, "none is running"
+    assert rayrec("experiment", "start", "bold", "v2", "--share", "0.2", "--state", state).code == 0
+    report = json.loads(rayrec("experiment", "report", "--state", state, "--json").out)
+    assert (report["name"], report["visitors"]) == ("bold", {"control": 0, "treatment": 0})
+    assert rayrec("experiment", "stop", "--state", state).code == 0
+    assert rayrec("experiment", "report", "--state", state).code == 2
 
 
 @pytest.mark.ray
