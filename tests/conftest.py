@@ -43,7 +43,7 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A running Redis; skips the test where none is installed."""
+    """A Redis of the test's own, to be killed; skips the test where none is installed."""
     folder = tmp_path / "redis"
     folder.mkdir()
     server = RedisServer(folder).start()
@@ -51,9 +51,19 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for the whole run; skips the test where none is installed."""
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
-def redis_url(redis_server: RedisServer) -> str:
-    return redis_server.url
+def redis_url(shared_redis: RedisServer) -> str:
+    """The shared Redis, emptied."""
+    shared_redis.empty()
+    return shared_redis.url
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,11 @@ class RedisServer:
                 return self
         raise RuntimeError((self.folder / "redis.log").read_text())
 
+    def empty(self) -> None:
+        """Forget everything."""
+        with redis.Redis(port=self.port) as client:
+            client.flushall()
+
     def kill(self) -> None:
         """As `kill -9`."""
         if self.process is not None:

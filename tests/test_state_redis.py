@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,23 @@ def test_what_was_answered_survives_the_death_of_the_server(redis_server: RedisS
     redis_server.start()
     assert [act.item_id for act in state.histories(["u"], 200)[0].acts] == [f"i{n}" for n in range(100)]
     assert state.append_events([Event("u", "i0", "view", 0, "e0")]) == ["duplicate"]
+    state.close()
+
+
+def test_erasures_in_a_row_each_have_the_log_rewritten(redis_server: RedisServer) -> None:
+    """The second one comes while the log is rewritten for the first."""
+    state = open_state(redis_server.url)
+    for n in range(4):
+        state.append_events([Event(f"visitor-{n}", f"thing-{m}", "view", m) for m in range(300)])
+    for n in range(4):
+        state.erase(f"visitor-{n}")
+    client = redis.Redis(port=redis_server.port)
+    while client.info("persistence")["aof_rewrite_in_progress"]:
+        time.sleep(0.05)
+    left = b"".join(file.read_bytes() for file in redis_server.folder.rglob("*") if file.is_file())
+    assert b"visitor-3" not in left
+    assert b"visitor-0" not in left
+    client.close()
     state.close()
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -41,6 +42,7 @@ from rayrec.state.protocol import (
 PREFIX = "rayrec:"
 PASSWORD = "RAYREC_REDIS_PASSWORD"
 CONNECT_S, ANSWER_S = 2.0, 10.0
+REWRITE_S = 10.0  # so long an erasure waits for a rewriting of the log that began before it
 FORGET_REPLICA_MS = 60_000
 KEEP_CHANGES = 100_000
 SEQ_DIGITS = 16
@@ -200,10 +202,10 @@ _SCRIPTS = {
 
 
 class RedisState:
-    """`protocol.State` in the Redis that `client` speaks to."""
+    """`protocol.State` in the Redis that `client` speaks to. logged: it keeps a log on disk."""
 
-    def __init__(self, client: redis.Redis) -> None:
-        self._client = client
+    def __init__(self, client: redis.Redis, logged: bool = True) -> None:
+        self._client, self._logged = client, logged
         self._calls, self._closed = 0, False
         self._changed = threading.Condition()
         self._script = {name: client.register_script(_COMMON + body) for name, body in _SCRIPTS.items()}
@@ -242,7 +244,7 @@ class RedisState:
                     f"it evicts when its memory is full ({info['maxmemory_policy']}), and would forget people's "
                     "histories; set maxmemory-policy noeviction"
                 )
-            return cls(client)
+            return cls(client, bool(int(info.get("aof_enabled", 0))))
         except redis.RedisError as error:
             raise StateError(f"state {url}: cannot be reached ({error})") from None
         except StateError as error:
@@ -305,12 +307,8 @@ class RedisState:
         """See `protocol.State`. The server's log is rewritten too, in the background: until then it holds a copy."""
         digest = self._digest(visitor)
         erased_ms, events, shown, sessions = self._run("erase", [visitor, digest])
-        try:
-            self._client.execute_command("BGREWRITEAOF")  # type: ignore[no-untyped-call]
-        except redis.ResponseError:
-            pass  # one is under way, and the server does the next one by itself; or it keeps no log
-        except redis.RedisError as error:
-            raise StateError(f"the state cannot be written ({error})") from None
+        if self._logged:
+            self._rewrite_log()
         return Receipt(digest, erased_ms, events, shown, sessions)
 
     def erased_ms(self, visitor: str) -> int | None:
@@ -367,6 +365,22 @@ class RedisState:
         self._client.close()
 
     # ------------------------------------------------------------ inside
+
+    def _rewrite_log(self) -> None:
+        """Begin to write the log anew, without what is gone. One that began before would still hold it."""
+        deadline = time.monotonic() + REWRITE_S
+        while True:
+            try:
+                self._client.execute_command("BGREWRITEAOF")  # type: ignore[no-untyped-call]
+                return
+            except redis.ResponseError as error:
+                if "in progress" not in str(error) or time.monotonic() > deadline:
+                    raise StateError(
+                        f"the visitor was erased, but the server's log still holds a copy ({error}); erase once more"
+                    ) from None
+                time.sleep(0.1)
+            except redis.RedisError as error:
+                raise StateError(f"the state cannot be written ({error})") from None
 
     def _held(self, kind: str) -> Iterator[str]:
         prefix, cursor = f"{PREFIX}{kind}:", 0
