@@ -171,6 +171,8 @@ class Service:
                 await asyncio.to_thread(self.state.beat, self.replica_id, self.live.model.version)
             except StateError as error:
                 log.warning("cannot report this replica: %s", error)
+            except Exception:  # a replica that stops following serves an old model for ever, and nobody sees it
+                log.exception("cannot follow or report; trying again")
             await asyncio.sleep(BEAT_EVERY_S)
 
     async def close(self) -> None:
