@@ -381,7 +381,7 @@ def test_a_failing_model_is_replaced_by_cooccurrence_then_popularity(
     scorer.broken = broken
     saw(state, "u", ("red-4", "view"))
     known, unknown = ranker.recommend([Request("u", k=3), Request("nobody", k=3)], state)
-    assert known.served_by == "cooccurrence"
+    assert (known.served_by, known.without) == ("cooccurrence", ("model",)), "and it is counted"
     assert ids(known)[0] == "red-5"
     assert ids(known)[1:] == ["blue-0", "green-0"]
     assert unknown.served_by == "popular"

@@ -177,14 +177,15 @@ class Ranker:
             found, removed = self._filter(requests, histories, policy, asked, found)
         with clock.stage("score"):
             candidates_BC = _padded([candidates.item_C for candidates in found])
-            score_BC, served_by = self._score(history, asked, candidates_BC, policy.scene)
+            model_BC = self._model_scores(history, asked, candidates_BC, policy.scene)
+            score_BC, served_by = self._score(asked, candidates_BC, model_BC, policy.scene)
         with clock.stage("rerank"):
             shown = self._rerank(requests, policy, candidates_BC, score_BC, removed)
         with clock.stage("explain"):
             lists = [
                 self._describe(request, asked, b, found[b], score_BC[b], shown[b]) for b, request in enumerate(requests)
             ]
-        if asked.user_BD is None:
+        if model_BC is None and candidates_BC.size:
             without = (*without, "model")
         if "state" in without:
             served_by = ["context" if by == "model" else by for by in served_by]
@@ -268,10 +269,9 @@ class Ranker:
     # ------------------------------------------------------------ scores
 
     def _score(
-        self, history: HistoryBatch, asked: Asked, candidates_BC: Ints, scene: SceneConfig
+        self, asked: Asked, candidates_BC: Ints, score_BC: Floats | None, scene: SceneConfig
     ) -> tuple[Floats, list[str]]:
-        """Scores 0..1, -inf for padding, and who gave them."""
-        score_BC = self._model_scores(history, asked, candidates_BC, scene)
+        """Scores 0..1, -inf for padding, and who gave them. score_BC: the model's, None if it failed."""
         served_by = ["model"] * len(asked)
         fallback = [b for b in range(len(asked)) if score_BC is None or not asked.known_B[b]]
         if score_BC is None:

@@ -26,7 +26,6 @@ STEM, FUZZY = 0.8, 0.3
 HEAP_BYTES: Final = 64 << 20
 
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
-_CODE: Final = re.compile(r"\|")
 
 
 class TextIndex:
@@ -46,7 +45,7 @@ class TextIndex:
         writer = self._index.writer(HEAP_BYTES, 1)
         columns = [catalogue.table[name].to_pylist() for name in ("title", "category", "brand")]
         for row, parts in enumerate(zip(*columns, strict=True), start=1):
-            text = _CODE.sub(" ", " ".join(part for part in parts if part))
+            text = " ".join(part for part in parts if part).replace("|", " ")
             document = tantivy.Document()
             document.add_unsigned("row", row)
             spaced = _UNSPACED.sub(" ", text)

@@ -17,6 +17,12 @@ MARKS: Final = ("purchase", "cancel", "hide", "dislike")
 """Actions that count for good, however long ago: they decide what is never shown again."""
 
 
+FORGET_REPLICA_MS: Final = 60_000
+"""Replicas that were killed say no goodbye: they are forgotten after so long."""
+KEEP_CHANGES: Final = 100_000
+"""Of the feed: replicas ask every second, and none is so far behind."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One thing a visitor did. Optional fields as in `schema.EVENT_SCHEMA`."""

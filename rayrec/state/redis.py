@@ -27,6 +27,8 @@ import redis
 from rayrec.errors import StateError, UsageError
 from rayrec.schema import ENGAGEMENTS, SESSION_PREFIX
 from rayrec.state.protocol import (
+    FORGET_REPLICA_MS,
+    KEEP_CHANGES,
     MARKS,
     Act,
     Change,
@@ -43,8 +45,6 @@ PREFIX = "rayrec:"
 PASSWORD = "RAYREC_REDIS_PASSWORD"
 CONNECT_S, ANSWER_S = 2.0, 10.0
 REWRITE_S = 10.0  # so long an erasure waits for a rewriting of the log that began before it
-FORGET_REPLICA_MS = 60_000
-KEEP_CHANGES = 100_000
 SEQ_DIGITS = 16
 """A member of a sorted set begins with its number of arrival: of equal times the set keeps the order of members."""
 

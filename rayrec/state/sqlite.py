@@ -27,6 +27,8 @@ from urllib.parse import parse_qs, unquote
 from rayrec.errors import StateError, UsageError
 from rayrec.schema import ENGAGEMENTS, SESSION_PREFIX
 from rayrec.state.protocol import (
+    FORGET_REPLICA_MS,
+    KEEP_CHANGES,
     MARKS,
     Act,
     Change,
@@ -41,8 +43,6 @@ from rayrec.state.protocol import (
 
 VERSION = 1
 BUSY_TIMEOUT_S = 10.0
-FORGET_REPLICA_MS = 60_000  # replicas that were killed leave their row behind
-KEEP_CHANGES = 100_000  # replicas ask every second: none is so far behind
 
 
 def _one_of(words: Sequence[str]) -> str:
