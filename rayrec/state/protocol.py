@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 Outcome = Literal["accepted", "duplicate", "erased"]
 """What became of an event. "erased": its visitor was erased after it happened, so it is not stored."""
@@ -100,12 +100,25 @@ class Receipt:
     sessions: int
 
 
+class ItemEdit(NamedTuple):
+    """What a shop has said of an item since the catalogue was written, all of it together.
+
+    seq: the change that said the last of it. facts: by name, as JSON has them; what was never said is not there.
+    picture_seq: the change that brought its picture, 0 if none did.
+    """
+
+    seq: int
+    item_id: str
+    facts: Mapping[str, Any]
+    picture_seq: int
+
+
 class Change(NamedTuple):
     """One entry of the feed that keeps replicas in step. `seq` only ever grows."""
 
     seq: int
-    kind: Literal["setting", "joined", "erased"]
-    key: str  # name of the setting, or the keyed hash of the visitor: never an id
+    kind: Literal["setting", "joined", "erased", "item"]
+    key: str  # name of the setting, id of the item, or the keyed hash of the visitor: never a visitor's id
     time_ms: int
 
 
@@ -160,6 +173,18 @@ class State(Past, Protocol):
 
     def setting(self, name: str) -> str | None:
         """A shared value, None if it was never set."""
+
+    def put_item(self, item_id: str, facts: Mapping[str, Any], picture: bytes | None = None) -> int:
+        """Say something of an item: `facts` beside and in place of what was said before; None leaves the picture.
+
+        Returns the seq of the change.
+        """
+
+    def item_edits(self, since: int, limit: int = 1000) -> list[ItemEdit]:
+        """Items of which something was said after `since`, each once, the earliest first. None is ever dropped."""
+
+    def item_picture(self, item_id: str) -> bytes | None:
+        """The picture that was put for an item, None if none was."""
 
     def changes(self, since: int, limit: int = 1000) -> list[Change]:
         """Entries of the change feed after `since`, oldest first. Only the newest hundred thousand are kept."""

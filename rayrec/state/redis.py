@@ -7,6 +7,7 @@ not agree. One server (with replicas of its own, if any), no Redis Cluster: a sc
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import json
@@ -15,7 +16,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from operator import attrgetter
@@ -34,6 +35,7 @@ from rayrec.state.protocol import (
     Change,
     Event,
     History,
+    ItemEdit,
     Outcome,
     Receipt,
     Replica,
@@ -69,6 +71,7 @@ local function announce(kind, key)
   local seq = redis.call('INCR', P .. 'change')
   redis.call('ZADD', P .. 'changes', seq, cjson.encode({{seq, kind, key, now_ms()}}))
   redis.call('ZREMRANGEBYRANK', P .. 'changes', 0, -{KEEP_CHANGES} - 1)
+  return seq
 end
 """
 
@@ -173,6 +176,31 @@ redis.call('HSET', P .. 'settings', ARGV[1], ARGV[2])
 announce('setting', ARGV[1])
 """
 
+# ARGV: item, its picture ('' leaves it), then name and value of each fact.
+_PUT_ITEM = """
+local item, picture = ARGV[1], ARGV[2]
+local seq = announce('item', item)
+redis.call('ZADD', P .. 'items', seq, item)
+if picture ~= '' then
+  redis.call('SET', P .. 'picture:' .. item, picture)
+  redis.call('HSET', P .. 'pictured', item, seq)
+end
+for i = 3, #ARGV, 2 do redis.call('HSET', P .. 'item:' .. item, ARGV[i], ARGV[i + 1]) end
+return seq
+"""
+
+# ARGV: since, limit.
+_ITEM_EDITS = """
+local out = {}
+local found = redis.call('ZRANGEBYSCORE', P .. 'items', '(' .. ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[2])
+for i = 1, #found, 2 do
+  local item = found[i]
+  local at = redis.call('HGET', P .. 'pictured', item)
+  out[#out + 1] = {tonumber(found[i + 1]), item, redis.call('HGETALL', P .. 'item:' .. item), tonumber(at or 0)}
+end
+return out
+"""
+
 # ARGV: replica, model.
 _BEAT = f"""
 redis.call('HSET', P .. 'replicas', ARGV[1], cjson.encode({{now_ms(), ARGV[2]}}))
@@ -194,7 +222,7 @@ return out
 
 _SCRIPTS = {
     "append": _APPEND, "histories": _HISTORIES, "log_shown": _LOG_SHOWN, "join": _JOIN, "erase": _ERASE,
-    "put_setting": _PUT_SETTING, "beat": _BEAT, "replicas": _REPLICAS,
+    "put_setting": _PUT_SETTING, "put_item": _PUT_ITEM, "item_edits": _ITEM_EDITS, "beat": _BEAT, "replicas": _REPLICAS,
 }  # fmt: skip
 
 
@@ -330,6 +358,26 @@ class RedisState:
         """See `protocol.State`."""
         found: str | None = self._ask(lambda: self._client.hget(PREFIX + "settings", name))
         return found
+
+    def put_item(self, item_id: str, facts: Mapping[str, Any], picture: bytes | None = None) -> int:
+        """See `protocol.State`."""
+        # As text: what this client reads is decoded.
+        words = [item_id, "" if picture is None else base64.b64encode(picture).decode()]
+        for name, value in facts.items():
+            words += [name, _packed(value)]
+        return int(self._run("put_item", words))
+
+    def item_edits(self, since: int, limit: int = 1000) -> list[ItemEdit]:
+        """See `protocol.State`."""
+        return [
+            ItemEdit(seq, item_id, dict(zip(said[::2], map(json.loads, said[1::2]), strict=True)), picture_seq)
+            for seq, item_id, said, picture_seq in self._run("item_edits", [since, limit])
+        ]
+
+    def item_picture(self, item_id: str) -> bytes | None:
+        """See `protocol.State`."""
+        found = self._ask(lambda: self._client.get(f"{PREFIX}picture:{item_id}"))
+        return None if found is None else base64.b64decode(found)
 
     def changes(self, since: int, limit: int = 1000) -> list[Change]:
         """See `protocol.State`."""

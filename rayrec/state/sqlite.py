@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from operator import attrgetter
@@ -34,6 +34,7 @@ from rayrec.state.protocol import (
     Change,
     Event,
     History,
+    ItemEdit,
     Outcome,
     Receipt,
     Replica,
@@ -41,7 +42,6 @@ from rayrec.state.protocol import (
     UserRecord,
 )
 
-VERSION = 1
 BUSY_TIMEOUT_S = 10.0
 
 
@@ -76,6 +76,13 @@ CREATE TABLE changes (
 CREATE TABLE replicas (
   replica_id TEXT PRIMARY KEY, model TEXT NOT NULL, beat_ms INTEGER NOT NULL) WITHOUT ROWID;
 """
+ITEMS_SCHEMA = """
+CREATE TABLE items (
+  item_id TEXT PRIMARY KEY, seq INTEGER NOT NULL, facts TEXT NOT NULL, picture_seq INTEGER NOT NULL, picture BLOB);
+CREATE INDEX items_seq ON items (seq, item_id, facts, picture_seq);
+"""
+STEPS = (SCHEMA, ITEMS_SCHEMA)
+"""What each version added. Only ever append: a state of an earlier one is brought up to date when it is opened."""
 
 EVENT_COLUMNS = tuple(field.name for field in fields(Event))
 _REST = attrgetter(*EVENT_COLUMNS[1:])
@@ -264,6 +271,30 @@ class SqliteState:
             row = db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
+    def put_item(self, item_id: str, facts: Mapping[str, Any], picture: bytes | None = None) -> int:
+        """See `protocol.State`."""
+        with self._write() as db:
+            seq = _announce(db, "item", item_id)
+            row = db.execute("SELECT facts, picture_seq, picture FROM items WHERE item_id = ?", (item_id,)).fetchone()
+            said, picture_seq, before = row or ("{}", 0, None)
+            pictured = (picture_seq, before) if picture is None else (seq, picture)
+            together = json.dumps({**json.loads(said), **facts}, ensure_ascii=False)
+            db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)", (item_id, seq, together, *pictured))
+        return seq
+
+    def item_edits(self, since: int, limit: int = 1000) -> list[ItemEdit]:
+        """See `protocol.State`."""
+        query = "SELECT seq, item_id, facts, picture_seq FROM items WHERE seq > ? ORDER BY seq LIMIT ?"
+        with self._read() as db:
+            rows = db.execute(query, (since, limit)).fetchall()
+        return [ItemEdit(seq, item_id, json.loads(facts), at) for seq, item_id, facts, at in rows]
+
+    def item_picture(self, item_id: str) -> bytes | None:
+        """See `protocol.State`."""
+        with self._read() as db:
+            row = db.execute("SELECT picture FROM items WHERE item_id = ?", (item_id,)).fetchone()
+        return None if row is None else row[0]
+
     def changes(self, since: int, limit: int = 1000) -> list[Change]:
         """See `protocol.State`."""
         with self._read() as db:
@@ -313,13 +344,14 @@ class SqliteState:
     def _create(self) -> None:
         with self._write() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in SCHEMA.split(";"):
+            if version > len(STEPS):
+                raise StateError(f"written by a later rayrec (version {version}, this one reads {len(STEPS)})")
+            for step in STEPS[version:]:
+                for statement in step.split(";"):
                     db.execute(statement)
+            if version == 0:
                 db.execute("INSERT INTO secrets VALUES ('tombstones', ?)", (secrets.token_bytes(32),))
-                db.execute(f"PRAGMA user_version = {VERSION}")
-            elif version != VERSION:
-                raise StateError(f"written by another version of rayrec ({version}, this one reads {VERSION})")
+            db.execute(f"PRAGMA user_version = {len(STEPS)}")
 
     def _secret(self, name: str) -> bytes:
         with self._read() as db:
@@ -419,9 +451,12 @@ def _shown(row: tuple[Any, ...]) -> Shown:
     return Shown(*(*row[:-2], item_ids, propensities))
 
 
-def _announce(db: sqlite3.Connection, kind: str, key: str) -> None:
-    row = db.execute("INSERT INTO changes (kind, key, time_ms) VALUES (?, ?, ?)", (kind, key, _now_ms()))
-    db.execute("DELETE FROM changes WHERE seq <= ?", ((row.lastrowid or 0) - KEEP_CHANGES,))
+def _announce(db: sqlite3.Connection, kind: str, key: str) -> int:
+    """Add a change to the feed; its seq."""
+    seq = db.execute("INSERT INTO changes (kind, key, time_ms) VALUES (?, ?, ?)", (kind, key, _now_ms())).lastrowid
+    assert seq is not None  # of a row just inserted
+    db.execute("DELETE FROM changes WHERE seq <= ?", (seq - KEEP_CHANGES,))
+    return seq
 
 
 def _now_ms() -> int:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import sqlite3
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rayrec.errors import StateError, UsageError
 from rayrec.state import State, absolute_url, open_state
-from rayrec.state.protocol import Act, Event, History, Shown
+from rayrec.state.protocol import Act, Event, History, ItemEdit, Shown
 from rayrec.state.sqlite import SqliteState
 
 NOW_MS = time.time_ns() // 1_000_000
@@ -369,3 +374,72 @@ def test_an_absolute_url_means_the_same_everywhere(monkeypatch: pytest.MonkeyPat
     assert absolute_url("sqlite:///a/b.db?synchronous=full") == f"sqlite:///{tmp_path}/a/b.db?synchronous=full"
     for url in (f"sqlite:///{tmp_path}/b.db", "redis://localhost:6379/0"):
         assert absolute_url(url) == url
+
+
+# ---------------------------------------------------------------- catalogue
+
+
+def test_what_is_said_of_an_item_adds_up(state: State) -> None:
+    first = state.put_item("a", {"price": 9.9, "title": "Dress"})
+    second = state.put_item("a", {"price": None, "in_stock": False})
+    assert second > first
+    assert state.item_edits(0) == [
+        ItemEdit(second, "a", {"price": None, "title": "Dress", "in_stock": False}, picture_seq=0)
+    ]
+
+
+def test_edits_come_once_each_in_the_order_of_the_last_word(state: State) -> None:
+    state.put_item("a", {"price": 1})
+    second = state.put_item("b", {"price": 2})
+    third = state.put_item("a", {"price": 3})
+    assert [(edit.seq, edit.item_id) for edit in state.item_edits(0)] == [(second, "b"), (third, "a")]
+    assert [edit.item_id for edit in state.item_edits(second)] == ["a"]
+    assert [edit.item_id for edit in state.item_edits(0, limit=1)] == ["b"]
+    assert state.item_edits(third) == []
+
+
+def test_a_picture_stays_until_another_comes(state: State) -> None:
+    picture = bytes(range(256))
+    with_picture = state.put_item("a", {}, picture)
+    assert state.item_edits(0)[0].picture_seq == with_picture
+    state.put_item("a", {"price": 5})
+    assert state.item_edits(0)[0].picture_seq == with_picture
+    assert state.item_picture("a") == picture
+    assert state.item_picture("b") is None
+    state.put_item("b", {"price": 5})
+    assert state.item_picture("b") is None
+    again = state.put_item("a", {}, b"other")
+    assert (state.item_edits(0)[-1].picture_seq, state.item_picture("a")) == (again, b"other")
+
+
+@given(
+    facts=st.dictionaries(
+        st.sampled_from(["title", "category", "brand", "price", "in_stock"]),
+        st.none() | st.booleans() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
+    )
+)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_facts_come_back_as_they_were(state: State, facts: dict[str, Any]) -> None:
+    item_id = uuid.uuid4().hex
+    before = max((edit.seq for edit in state.item_edits(0)), default=0)
+    state.put_item(item_id, facts)
+    assert [edit.facts for edit in state.item_edits(before)] == [facts]
+
+
+def test_edits_of_many_at_once_all_count(state: State) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: state.put_item("a", {f"fact{n}": n}), range(40)))
+    assert state.item_edits(0)[0].facts == {f"fact{n}": n for n in range(40)}
+
+
+def test_a_state_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    SqliteState(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE items")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    state = SqliteState(path)
+    state.put_item("a", {"price": 1})
+    assert [edit.item_id for edit in state.item_edits(0)] == ["a"]
+    state.close()
