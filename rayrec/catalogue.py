@@ -52,6 +52,8 @@ class Catalogue:
     price_bucket   [N + 1] int64    decile 1..10, 0 unknown
     n_train        [N + 1] int64    training events
     has_image      [N + 1] bool
+    listed         [N + 1] bool     may be shown: in the catalogue, or all where logs came without one
+    in_stock       [N + 1] bool
     """
 
     table: pa.Table
@@ -64,6 +66,8 @@ class Catalogue:
     price_bucket: npt.NDArray[np.int64]
     n_train: npt.NDArray[np.int64]
     has_image: npt.NDArray[np.bool_]
+    listed: npt.NDArray[np.bool_]
+    in_stock: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
         """N, the number of real items."""
@@ -74,13 +78,15 @@ class Catalogue:
         """From rows of ITEM_SCHEMA whose `item_index` is 1..N in order. Raises ValueError if it is not."""
         table = table.select(ITEM_SCHEMA.names).cast(ITEM_SCHEMA).combine_chunks()
         index = table["item_index"].to_numpy()
-        if not np.array_equal(index, np.arange(1, len(table) + 1)):
+        index_N = np.arange(len(table) + 1)
+        if not np.array_equal(index, index_N[1:]):
             raise ValueError("items must be sorted by item_index, 1..N without gaps")
 
         def column(name: str, dtype: Any, fill: Any) -> npt.NDArray[Any]:
             values = table[name].to_numpy(zero_copy_only=False)
             return np.concatenate([np.array([fill], dtype), values.astype(dtype)])
 
+        in_catalogue = column("in_catalogue", bool, False)
         return cls(
             table=table,
             ids=column("item_id", object, ""),
@@ -92,6 +98,8 @@ class Catalogue:
             price_bucket=column("price_bucket", np.int64, 0),
             n_train=column("n_train", np.int64, 0),
             has_image=column("has_image", bool, False),
+            listed=in_catalogue if in_catalogue.any() else index_N > 0,
+            in_stock=np.ones(len(index_N), bool),
         )
 
     @cached_property

@@ -29,7 +29,7 @@ class Policy:
     def __init__(self, scene: SceneConfig, rules: Rules) -> None:
         catalogue = rules.catalogue
         self.scene, self._rules = scene, rules
-        self.barred: dict[str, Bools] = {}
+        self.barred: dict[str, Bools] = {} if catalogue.in_stock.all() else {"stock": ~catalogue.in_stock}
         if scene.only.given:
             self.barred["only"] = ~self.meant(scene.only)
         if scene.never:

@@ -91,7 +91,7 @@ class Retriever:
         self.vectors_ND, self.cooccurrence = vectors_ND, cooccurrence
         length_N = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         self.unit_ND: Floats = (vectors_ND / np.maximum(length_N, 1e-12)).astype(np.float32)
-        self.sellable_N = sellable(catalogue)
+        self.sellable_N = catalogue.listed
         by_events = np.argsort(-catalogue.n_train, kind="stable")
         self.popular = by_events[self.sellable_N[by_events]]
         self._new = np.flatnonzero(self.sellable_N & (catalogue.n_train < NEW_BELOW))
@@ -175,12 +175,6 @@ SOURCES: Final[dict[str, Source]] = {
 """Every source by the name that scenes use."""
 
 _NONE: Final = np.empty(0, np.int64)
-
-
-def sellable(catalogue: Catalogue) -> Bools:
-    """Items that may be shown: those in the catalogue, or all where logs came without one. [N + 1] bool."""
-    listed = catalogue.table["in_catalogue"].to_numpy(zero_copy_only=False).astype(bool)
-    return np.concatenate([[False], listed if listed.any() else ~listed])
 
 
 def _best(scores_N: Floats, mask_N: Bools, n: int) -> Ints:
