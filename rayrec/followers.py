@@ -56,3 +56,10 @@ def strongest(matrix: Matrix, keep: int) -> Matrix:
     place = np.arange(len(order)) - np.repeat(matrix.indptr[:-1], length_N)
     chosen = order[place < keep]
     return sparse.csr_array((matrix.data[chosen], (row[chosen], matrix.indices[chosen])), shape=matrix.shape)
+
+
+def longer(matrix: Matrix, n_rows: int) -> Matrix:
+    """The same entries, with empty rows and columns behind them; the entries are shared, not copied. csr."""
+    added = n_rows - matrix.shape[0]
+    indptr = np.concatenate([matrix.indptr, np.full(added, matrix.indptr[-1], matrix.indptr.dtype)])
+    return sparse.csr_array((matrix.data, matrix.indices, indptr), shape=(n_rows, n_rows))

@@ -33,7 +33,7 @@ COLUMN = {name: place for place, name in enumerate(NAMES)}
 @pytest.fixture(scope="module")
 def items() -> ItemTable:
     catalogue = Catalogue.from_table(tinyshop.item_table(tinyshop.sequence_table()))
-    return ItemTable(catalogue, np.empty(0, np.int64), np.empty((0, 8, 8, 3), np.uint8), 8)
+    return ItemTable(catalogue, np.empty(0, np.int64), torch.empty(0, 3, 8, 8, dtype=torch.uint8))
 
 
 @pytest.fixture(scope="module")

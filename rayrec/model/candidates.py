@@ -5,6 +5,7 @@ In: histories, scores by model, what follows what. Out: candidate matrices. It m
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
-from rayrec.followers import Followers, strongest
+from rayrec.followers import Followers, longer, strongest
 from rayrec.history import HistoryBatch
 
 Floats = npt.NDArray[np.float32]
@@ -40,6 +41,13 @@ class Memory:
         self.before = sp.csr_array(self.near.T)
         self.next_share, self.near_share = _shares(self.next), _shares(self.near)
         self.walk = strongest(self.near, WALKED)
+
+    def over(self, n_rows: int) -> Memory:
+        """The same memory for a longer catalogue: nothing is known of what is new."""
+        later = copy.copy(self)
+        for name, counts in vars(self).items():
+            setattr(later, name, longer(counts, n_rows))
+        return later
 
     def ask(self, history: HistoryBatch) -> Remembered:
         """What followed the items of each history."""

@@ -5,6 +5,7 @@ In: item rows, `HistoryTensors`. Out: vectors of width D. They must not know los
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -41,6 +42,9 @@ class ItemTable(nn.Module):
                                              frozen layers of a pretrained network made of them
 
     known: the attributes that any item has; to encode those which none has would cost a tenth of a step.
+
+    like: a table of the catalogue that was trained on, whose measures of all items together (how rare a code is, the
+    mean price) hold here too: a code that it never met is unknown.
     """
 
     category_NK: Tensor
@@ -62,9 +66,8 @@ class ItemTable(nn.Module):
         self,
         catalogue: Catalogue,
         image_item_M: np.ndarray,
-        pixels_MHWC: np.ndarray,
-        image_size: int,
-        picture_MX: Tensor | None = None,
+        picture_MX: Tensor,
+        like: ItemTable | None = None,
     ) -> None:
         super().__init__()
         popularity = np.log1p(catalogue.n_train.astype(np.float64))
@@ -72,25 +75,33 @@ class ItemTable(nn.Module):
         image_row_N[image_item_M] = np.arange(len(image_item_M))
         category_NK, title_NK = _codes(catalogue.category), _codes(catalogue.title)
         brand_N = torch.from_numpy(catalogue.brand)
+        if like is None:
+            self.idf = {"category": idf(category_NK), "brand": idf(brand_N[:, None]), "title": idf(title_NK)}
+            self.spread = {"price": _spread(catalogue.price), "popularity": _spread(popularity)}
+        else:
+            self.idf, self.spread = like.idf, like.spread
+            category_NK, title_NK, brand_N = (
+                codes.where(codes < len(self.idf[name]), 0)
+                for name, codes in (("category", category_NK), ("title", title_NK), ("brand", brand_N))
+            )
         for name, tensor in {
             "category_NK": category_NK,
             "title_NK": title_NK,
             "brand_N": brand_N,
-            "category_rarity_NK": rarity(category_NK),
-            "brand_rarity_NK": rarity(brand_N[:, None]),
-            "title_rarity_NK": rarity(title_NK),
+            "category_rarity_NK": rarity(category_NK, self.idf["category"]),
+            "brand_rarity_NK": rarity(brand_N[:, None], self.idf["brand"]),
+            "title_rarity_NK": rarity(title_NK, self.idf["title"]),
             "price_N": torch.from_numpy(catalogue.price_bucket),
             "price_scaled_N": torch.from_numpy(catalogue.price_scaled),
-            "price_z_N": torch.from_numpy(np.nan_to_num(_zscore(catalogue.price))),
-            "log_popularity_N": torch.from_numpy(_zscore(popularity)),
+            "price_z_N": torch.from_numpy(np.nan_to_num(_zscore(catalogue.price, self.spread["price"]))),
+            "log_popularity_N": torch.from_numpy(_zscore(popularity, self.spread["popularity"])),
             "warm_N": torch.from_numpy(catalogue.n_train > 0),
             "image_row_N": torch.from_numpy(image_row_N),
-            "picture_MX": shrink(pixels_MHWC, image_size) if picture_MX is None else picture_MX,
+            "picture_MX": picture_MX,
         }.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.known: tuple[str, ...] = tuple(
-            name for name, codes in self.attributes().items() if bool((codes > 0).any())
-        )
+        known = (name for name, codes in self.attributes().items() if bool((codes > 0).any()))
+        self.known: tuple[str, ...] = tuple(known) if like is None else like.known
 
     def attributes(self) -> dict[str, Tensor]:
         """Codes of each attribute, by the name of what encodes it."""
@@ -105,12 +116,17 @@ class ItemTable(nn.Module):
         return self
 
 
-def _zscore(values_N: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Rows from 1 on at mean 0 and deviation 1; what is unknown (NaN) counts for nothing and stays so."""
+def _spread(values_N: npt.NDArray[Any]) -> tuple[float, float] | None:
+    """Mean and deviation of rows from 1 on; what is unknown (NaN) counts for nothing. None if all of it is."""
     known_M = values_N[1:][np.isfinite(values_N[1:])].astype(np.float64)
-    if not len(known_M):
+    return (float(known_M.mean()), float(known_M.std()) or 1.0) if len(known_M) else None
+
+
+def _zscore(values_N: npt.NDArray[Any], spread: tuple[float, float] | None) -> npt.NDArray[np.float32]:
+    """At mean 0 and deviation 1; what is unknown stays NaN."""
+    if spread is None:
         return np.zeros(len(values_N), np.float32)
-    return ((values_N - known_M.mean()) / (known_M.std() or 1.0)).astype(np.float32)
+    return ((values_N - spread[0]) / spread[1]).astype(np.float32)
 
 
 def _codes(lists: Ragged) -> Tensor:
@@ -123,18 +139,24 @@ def _codes(lists: Ragged) -> Tensor:
     return torch.from_numpy(codes_NK)
 
 
-def rarity(code_NK: Tensor) -> Tensor:
+def idf(code_NK: Tensor) -> Tensor:
+    """Inverse document frequency of each code up to the greatest; 0 for padding. [V] float32."""
+    count_V = torch.bincount(code_NK.flatten())
+    idf_V = torch.log(len(code_NK) / (1.0 + count_V)).clamp(min=0)
+    idf_V[0] = 0
+    return idf_V
+
+
+def rarity(code_NK: Tensor, idf_V: Tensor) -> Tensor:
     """Weight of each code of each item: its inverse document frequency, each item at length 1. [N + 1, K] float32.
 
     The products of two items' weights, summed over the codes they share, are their TF-IDF cosine (Salton and Buckley
     1988): to share a rare code says more than to share one that half of the catalogue has. Padding weighs 0.
 
-    >>> rarity(torch.tensor([[0, 0], [1, 2], [1, 0], [1, 3]])).tolist()
+    >>> code_NK = torch.tensor([[0, 0], [1, 2], [1, 0], [1, 3]])
+    >>> rarity(code_NK, idf(code_NK)).tolist()
     [[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
     """
-    count_V = torch.bincount(code_NK.flatten())
-    idf_V = torch.log(len(code_NK) / (1.0 + count_V)).clamp(min=0)
-    idf_V[0] = 0
     weight_NK = idf_V[code_NK]
     return weight_NK / weight_NK.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
@@ -291,6 +313,12 @@ class ItemEncoder(nn.Module):
         self.refreshed = 0
         self.register_buffer("image_ND", torch.zeros(n_items + 1, width), persistent=False)
 
+    def over(self, n_rows: int) -> ItemEncoder:
+        """The same weights, for as many items, of which no picture has been encoded."""
+        later = copy.copy(self)
+        later._buffers = {**self._buffers, "image_ND": torch.zeros(1, self.config.width).expand(n_rows, -1)}
+        return later
+
     def images(self, items: ItemTable, item_M: Tensor) -> Tensor:
         """Picture vectors, with gradient, of items that have a picture. [M] int64 -> [M, D]."""
         assert self.cnn is not None
@@ -320,7 +348,7 @@ class ItemEncoder(nn.Module):
         rows = torch.arange(len(items.brand_N), device=items.brand_N.device) if row_R is None else row_R
         vector_RD = torch.zeros(len(rows), self.config.width, device=rows.device)
         if self.id is not None:
-            vector_RD = vector_RD + self._hidden(_only(self.id(rows), items.warm_N[rows]), self.config.id_dropout)
+            vector_RD = vector_RD + self._hidden(self.id(rows * items.warm_N[rows]), self.config.id_dropout)
         if self.cnn is not None:
             image_RD = self.image_ND[rows]
             if fresh is not None:

@@ -6,6 +6,7 @@ and a term of the visitor: every visitor gets the same order of items. It is kep
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -138,6 +139,19 @@ class PaperModel(nn.Module):
         vector_N2 = torch.stack([term_N, torch.ones_like(term_N)], 1)
         vector_N2[0] = 0
         return vector_N2
+
+    def over(self, items: ItemTable) -> PaperModel:
+        """As `Recommender.over`."""
+        later = copy.copy(self)
+        later._modules = {**self._modules, "items": items}
+        return later
+
+    @torch.no_grad()
+    def encode_anew(self, row_R: Tensor, vector_RD: Tensor, before: PaperModel) -> Tensor:
+        """As `Recommender.encode_anew`: of an item it knows the picture alone."""
+        again_R = (self.items.image_row_N[row_R] >= 0) | (row_R >= len(before.items.brand_N))
+        term_R = torch.where(again_R, self._item_term(row_R), vector_RD[:, 0])
+        return torch.stack([term_R, torch.ones_like(term_R)], 1)
 
     def encode_users(self, history: HistoryTensors, vector_ND: Tensor) -> Tensor:
         """A one beside the visitor's term and the bias. [B, 2]."""

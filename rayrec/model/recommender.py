@@ -5,6 +5,7 @@ In: batches. Out: losses, user and item vectors, logits. It must not know files 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rayrec.catalogue import Catalogue
-from rayrec.config import SCRATCH, Config
+from rayrec.config import SCRATCH, Config, ModelConfig
 from rayrec.model.backbone import below, encode, pretrained, reading_size
 from rayrec.model.behaviour import Behaviour, HistoryTensors, last_BD
 from rayrec.model.encoders import Fresh, ItemEncoder, ItemTable, PretrainedCNN, shrink
@@ -181,6 +182,27 @@ class Recommender(nn.Module):
         self.train(was_training)
         return vector_ND
 
+    def over(self, items: ItemTable) -> Recommender:
+        """The same weights over another table of items, in which each item has the row that it had, to serve it."""
+        later = copy.copy(self)
+        encoder = self.item_encoder.over(len(items.brand_N))
+        later._modules = {**self._modules, "items": items, "item_encoder": encoder}
+        return later
+
+    @torch.no_grad()
+    def encode_anew(self, row_R: Tensor, vector_RD: Tensor, before: Recommender) -> Tensor:
+        """Vectors of items that changed since `before`; of a picture that is not in this table, as it was. [R, D].
+
+        row_R: [R] int64. vector_RD: those of before; zeros for an item that is new.
+        """
+        was_R = row_R * (row_R < len(before.items.brand_N))
+        # An item's vector is a sum: what it has beside id and attributes is its picture.
+        picture_RD = vector_RD - before.item_encoder(before.items, was_R)
+        if self.item_encoder.cnn is not None:
+            pictured = torch.nonzero(self.items.image_row_N[row_R] >= 0).squeeze(1)
+            picture_RD[pictured] = self.item_encoder.images(self.items, row_R[pictured])
+        return self.item_encoder(self.items, row_R) + picture_RD
+
     def encode_users(self, history: HistoryTensors, vector_ND: Tensor) -> Tensor:
         """What each visitor wants next. [B, D] float32; zeros without history."""
         return last_BD(self.behaviour(vector_ND[history.item_BL], history), history.length_B)
@@ -221,14 +243,15 @@ def build(
     Without images (in serving) the picture encoder is there and encodes nothing; of a pretrained one nothing else is
     needed then. device: where its frozen layers work. keep: a folder for what they make of the pictures.
     """
-    size, whole, picture_MX = config.model.image_size, None, None
+    whole = None
     if image_item_M is None or pixels_MHWC is None:
-        image_item_M, pixels_MHWC = np.empty(0, np.int64), np.empty((0, size, size, 3), np.uint8)
-    elif config.model.use_image and config.model.image_backbone != SCRATCH:
-        whole = pretrained(config.model.image_backbone)
-        size = reading_size(pixels_MHWC.shape[1])
-        picture_MX = encode(shrink(pixels_MHWC, size), below(config.model.image_train, whole), device, keep)
-    items = ItemTable(catalogue, image_item_M, pixels_MHWC, size, picture_MX)
+        image_item_M, size = np.empty(0, np.int64), config.model.image_size
+        picture_MX = torch.empty(0, 3, size, size, dtype=torch.uint8)
+    else:
+        if config.model.use_image and config.model.image_backbone != SCRATCH:
+            whole = pretrained(config.model.image_backbone)
+        picture_MX = read_pictures(config.model, pixels_MHWC, whole, device, keep)
+    items = ItemTable(catalogue, image_item_M, picture_MX)
     if not config.model.use_attributes:
         items = items.without_attributes()
     kind = PaperModel if config.model.kind == "paper" else Recommender
@@ -238,3 +261,17 @@ def build(
     if weights is not None:
         model.load_state_dict(dict(weights))
     return model
+
+
+def read_pictures(
+    config: ModelConfig,
+    pixels_MHWC: np.ndarray,
+    whole: nn.Sequential | None,
+    device: torch.device | None = None,
+    keep: Path | None = None,
+) -> Tensor:
+    """What the picture encoder reads of pictures, see `ItemTable.picture_MX`. whole: the pretrained network, if any."""
+    if whole is None:
+        return shrink(pixels_MHWC, config.image_size)
+    small = shrink(pixels_MHWC, reading_size(pixels_MHWC.shape[1]))
+    return encode(small, below(config.image_train, whole), device, keep)

@@ -5,6 +5,7 @@ In: a model, the item vectors and the transition counts. It must not know where 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,12 +13,15 @@ import numpy.typing as npt
 import torch
 
 from rayrec.catalogue import Catalogue
-from rayrec.followers import Followers
+from rayrec.config import SCRATCH
+from rayrec.followers import Followers, longer
 from rayrec.history import HistoryBatch
+from rayrec.model.backbone import pretrained
 from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import Memory, retrieve
+from rayrec.model.encoders import ItemTable
 from rayrec.model.paper import PaperModel
-from rayrec.model.recommender import Recommender
+from rayrec.model.recommender import Recommender, read_pictures
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -54,6 +58,33 @@ class Scorer:
         self._popular_N = np.argsort(-catalogue.n_train[1:], kind="stable") + 1
         self._device = next(model.parameters()).device
         self._vector_ND = torch.from_numpy(np.array(vectors_ND, np.float32)).to(self._device)
+
+    def over(self, catalogue: Catalogue, row_R: Ints, pixels: Mapping[int, npt.NDArray[np.uint8]]) -> Scorer:
+        """The same model after a shop's edits: `row_R` are the rows that changed or are new, all others stay.
+
+        pixels: new pictures ([H, W, 3]) by row. Raises UsageError if they need a pretrained network that is not here.
+        """
+        later, n_rows = copy.copy(self), len(catalogue) + 1
+        config, before = self.model.config.model, self.model
+        image_item_M = np.array(sorted(pixels), np.int64)
+        picture_MX = before.items.picture_MX[:0]
+        if config.use_image and pixels:
+            whole = pretrained(config.image_backbone) if config.image_backbone != SCRATCH else None
+            picture_MX = read_pictures(config, np.stack([pixels[row] for row in image_item_M.tolist()]), whole)
+        else:
+            image_item_M = image_item_M[:0]
+        items = ItemTable(catalogue, image_item_M, picture_MX, like=before.items)
+        later.model = before.over(items if config.use_attributes else items.without_attributes())
+        row = torch.from_numpy(row_R)
+        vector_ND = torch.zeros(n_rows, self._vector_ND.shape[1])
+        vector_ND[: len(self._vector_ND)] = self._vector_ND
+        vector_ND[row] = later.model.encode_anew(row, vector_ND[row], before)  # type: ignore[arg-type]
+        later.catalogue, later.vectors_ND, later._vector_ND = catalogue, vector_ND.numpy(), vector_ND
+        later._memory = self._memory.over(n_rows)
+        later.cooccurrence = longer(self.cooccurrence, n_rows)
+        later._warm_N = catalogue.n_train > 0
+        later._popular_N = np.argsort(-catalogue.n_train[1:], kind="stable") + 1
+        return later
 
     @torch.inference_mode()
     def user_vectors(self, history: HistoryBatch) -> Floats:
