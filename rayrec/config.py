@@ -363,9 +363,18 @@ class ServeConfig(Settings):
     key_rate: float = Field(0, ge=0, description="requests a second and replica of one key; 0 is no limit")
     newcomer_rate: float = Field(50, ge=0, description="visitors' tokens a second and replica; 0 is no limit")
     cors_origins: tuple[str, ...] = Field((), description="pages of these origins may call from a browser")
+    image_prefixes: tuple[str, ...] = Field((), description="where pictures of items may be read from; each ends in /")
     audit_file: str = Field("", description="where each replica appends who read, joined or erased whom; needs no keys")
     replicas_per_node: int = Field(0, ge=0, description="at most, so that a lost node is not the service; 0: any")
     replica_cpus: float = Field(1.0, gt=0, description="CPUs that a replica reserves on the cluster")
+
+    @field_validator("image_prefixes")
+    @classmethod
+    def _prefixes_end(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            if not prefix.endswith("/"):  # https://cdn.shop.example would allow https://cdn.shop.example.evil.example
+                raise ValueError(f"'{prefix}' must end in /")
+        return prefixes
 
 
 # ---------------------------------------------------------------- --set

@@ -10,7 +10,7 @@ from typing import Final
 import pyarrow as pa
 
 DATASET_VERSION: Final = 2
-BUNDLE_VERSION: Final = 3
+BUNDLE_VERSION: Final = 4
 
 ACTIONS: Final = (
     "view", "click", "cart", "remove_from_cart", "favorite", "purchase", "cancel", "rate",

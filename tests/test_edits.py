@@ -55,13 +55,17 @@ def test_a_new_item_comes_last_and_is_encoded_as_training_would() -> None:
     after = change({"new": new}, "new")
     assert after.ids.tolist()[1:] == ["a", "b", "c", "new"]
     assert row(after, "new") == row(after, "a") | {"item_index": 4, "item_id": "new", "n_train": 0}
-    assert after.listed[4] and after.in_stock[4] and after.has_image[4] and after.n_train[4] == 0
+    assert after.listed[4]
+    assert after.in_stock[4]
+    assert after.has_image[4]
+    assert after.n_train[4] == 0
 
 
 def test_unknown_words_of_a_new_item_are_unknown() -> None:
     after = change({"new": {"category": "Hats", "brand": "Nobody", "price": None}})
     assert (row(after, "new")["category_codes"], row(after, "new")["brand_code"]) == ([], 0)
-    assert np.isnan(after.price[4]) and row(after, "new")["category"] == "Hats"
+    assert np.isnan(after.price[4])
+    assert row(after, "new")["category"] == "Hats"
 
 
 def test_gone_and_sold_out_and_back() -> None:
@@ -71,7 +75,8 @@ def test_gone_and_sold_out_and_back() -> None:
     items = built()
     back, rows = edited(after, {"a": {"listed": True}, "b": {"in_stock": True}}, set(), items.encoder)
     assert rows.tolist() == [1, 2]
-    assert back.listed[1:].all() and back.in_stock.all()
+    assert back.listed[1:].all()
+    assert back.in_stock.all()
 
 
 def test_one_item_put_does_not_hide_those_that_are_known_from_logs_alone() -> None:

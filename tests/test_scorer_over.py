@@ -111,7 +111,8 @@ def test_a_new_item_has_the_vector_that_the_whole_model_gives_it(scorer: Scorer,
     full.load_state_dict(weights)
     np.testing.assert_allclose(later.vectors_ND, full.encode_items().numpy(), atol=1e-5)
     scores_BN = later.rank_all(history(1, NEW, 2), "next")
-    assert scores_BN.shape == (1, NEW + 2) and np.isfinite(scores_BN[:, 1:]).all()
+    assert scores_BN.shape == (1, NEW + 2)
+    assert np.isfinite(scores_BN[:, 1:]).all()
     fused_BC = later.fuse(history(1, 2), later.user_vectors(history(1, 2)), np.array([[NEW, RED]]), {"next": 1.0})
     assert ((fused_BC > 0) & (fused_BC < 1)).all()
 

@@ -7,6 +7,7 @@ followed by the next, the ninth by the first. The tenth of each colour is cold: 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrec.config import Config, preset, with_settings
+from rayrec.data.columns import ColumnFit
 from rayrec.data.dataset import FORMAT, Dataset
 from rayrec.data.training_events import TrainingEvents
 from rayrec.schema import ACTION_CODE, DATASET_VERSION, IMAGE_SCHEMA, ITEM_SCHEMA, SEQUENCE_SCHEMA
@@ -136,7 +138,9 @@ def write(folder: Path, *, image_size: int = 16, users: int = 60, seed: int = 0,
         for shard, start in enumerate((0, half)):
             pq.write_table(rows.slice(start, half), folder / name / f"{shard}.parquet")
     (folder / "vocab").mkdir()
-    for name, content in {"categories": ["", *COLOURS], "brands": ["", "even", "odd"], "encoder": {}}.items():
+    price = ColumnFit(kept=True, low=None, high=None, fill=None, logs=False, center=5.5, width=4.5)
+    encoder = {"price": asdict(price), "price_deciles": list(range(1, 10))}
+    for name, content in {"categories": ["", *COLOURS], "brands": ["", "even", "odd"], "encoder": encoder}.items():
         (folder / "vocab" / f"{name}.json").write_text(json.dumps(content))
     manifest = {
         "format": FORMAT,

@@ -41,7 +41,7 @@ def edited(
     for item_id, said in facts.items():
         row = rows.get(catalogue.index.get(item_id, 0))
         if row is None:
-            row = {name: None for name in SHOWN} | {"item_index": next_row, "item_id": item_id, "n_train": 0}
+            row = dict.fromkeys(SHOWN) | {"item_index": next_row, "item_id": item_id, "n_train": 0}
             row |= {"has_image": False}
             next_row += 1
         row |= {name: said[name] for name in SHOWN if name in said}

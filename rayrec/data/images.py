@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is tried; the other decoders of Pillow are old, rare, or start programs (EPS)."""
 
 WHITE = (255, 255, 255)
+JPEG_QUALITY = 88
 
 _ORIENTATION_TAG = 0x0112
 _TURN = {
@@ -46,14 +49,27 @@ def decode(data: bytes, config: ImageConfig) -> npt.NDArray[np.uint8]:
     The first frame of an animation; turned as its EXIF says; transparency over white; 16-bit grey down to 8 bits.
     Raises ImageRejected, whatever the bytes; a picture of too many pixels is refused from its header, unread.
     """
-    if not data:
-        raise ImageRejected("empty")
+    with _rejecting():
+        return _fitted(_read(data, config.max_pixels, config.size), config)
+
+
+def as_jpeg(data: bytes, side: int, max_pixels: int) -> bytes:
+    """A picture as a JPEG of at most `side` pixels a side, with nothing but its pixels. Raises as `decode`."""
+    with _rejecting():
+        image = _over_white(_read(data, max_pixels, side))
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=JPEG_QUALITY)
+        return stream.getvalue()
+
+
+@contextmanager
+def _rejecting() -> Iterator[None]:
+    """Raise ImageRejected for whatever goes wrong with a picture."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes within our own limit, and of broken EXIF blocks
-            image = _open(data, config)
-            image.load()
-            return _fitted(_upright(_rgb_or_rgba(image)), config)
+            yield
     except ImageRejected:
         raise
     except UnidentifiedImageError:
@@ -64,14 +80,17 @@ def decode(data: bytes, config: ImageConfig) -> npt.NDArray[np.uint8]:
         raise ImageRejected("truncated" if "truncated" in str(error) else "broken") from error
 
 
-def _open(data: bytes, config: ImageConfig) -> Image.Image:
-    """The picture with only its header read. Raises ImageRejected if it is too large."""
+def _read(data: bytes, max_pixels: int, size: int) -> Image.Image:
+    """The picture, upright, RGB or RGBA, to be resized to `size`. Raises ImageRejected if it is empty or too large."""
+    if not data:
+        raise ImageRejected("empty")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > config.max_pixels:
+    if image.width * image.height > max_pixels:
         raise ImageRejected("too_many_pixels")
     # A JPEG decodes several times faster to a fraction of its size; twice ours leaves the resize something to average.
-    image.draft(None, (2 * config.size, 2 * config.size))
-    return image
+    image.draft(None, (2 * size, 2 * size))
+    image.load()
+    return _upright(_rgb_or_rgba(image))
 
 
 def _rgb_or_rgba(image: Image.Image) -> Image.Image:

@@ -96,7 +96,9 @@ class Ranker:
         *,
         model: str = "unnamed",
         rng: np.random.Generator | None = None,
+        text: TextIndex | None = None,
     ) -> None:
+        """text: an index of this catalogue, or of an earlier state of it."""
         for name, scene in config.scenes.items():
             if unknown := set(scene.sources) - set(SOURCES):
                 raise UsageError(
@@ -112,13 +114,20 @@ class Ranker:
         self._reading = Reading(scorer, config.history)
         self._explainer = Explainer(scorer.catalogue, self.retriever)
         self._rng = rng or np.random.default_rng()
-        if any(QUERY in scene.sources for scene in config.scenes.values()):
-            _ = self._text  # now, not when the first visitor waits for it
+        if any(QUERY in scene.sources for scene in config.scenes.values()):  # now, not when the first visitor waits
+            self._text = text or TextIndex(self.catalogue)
         self._fame_N = np.log1p(scorer.catalogue.n_train) / max(np.log1p(scorer.catalogue.n_train).max(), 1.0)
 
     @cached_property
     def _text(self) -> TextIndex:
         return TextIndex(self.catalogue)
+
+    def over(self, scorer: Scorer, row_R: Ints) -> Ranker:
+        """The same for a scorer whose catalogue has changed in these rows ([R] int64), some of them new."""
+        later = Ranker(scorer, self.config, model=self.model, rng=self._rng, text=self.__dict__.get("_text"))
+        if "_text" in later.__dict__:
+            later._text.update(scorer.catalogue, row_R)
+        return later
 
     def check(self, request: Request) -> None:
         """Raise UnknownSceneError or UnknownItemError, naming what there is, or UsageError for a bad k."""
@@ -224,7 +233,12 @@ class Ranker:
         """With what the queries mean, in a scene that asks for it."""
         if QUERY not in scene.sources:
             return asked
-        return replace(asked, matches=[self._text.search(request.query or "", MATCHES) for request in requests])
+        return replace(asked, matches=[self._matches(request.query or "") for request in requests])
+
+    def _matches(self, query: str) -> tuple[Ints, Floats]:
+        items, fit = self._text.search(query, MATCHES)
+        known = items <= len(self.catalogue)  # the index may be ahead of this catalogue
+        return items[known], fit[known]
 
     def _sources(self, scene: SceneConfig, asked: Asked) -> list[str]:
         """The scene's sources; popular items too where some visitor has nothing to go by or the model failed."""

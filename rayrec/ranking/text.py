@@ -11,6 +11,7 @@ import re
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
 import tantivy
 from tantivy import Filter, Occur, Query, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
 
@@ -33,7 +34,7 @@ class TextIndex:
 
     def __init__(self, catalogue: Catalogue) -> None:
         builder = tantivy.SchemaBuilder()
-        builder.add_unsigned_field("row", fast=True)
+        builder.add_unsigned_field("row", fast=True, indexed=True)
         for name in ("words", "stems", "pairs"):
             builder.add_text_field(name, tokenizer_name=name)
         self._schema = builder.build()
@@ -42,9 +43,19 @@ class TextIndex:
         self._index.register_tokenizer("words", self._words)
         self._index.register_tokenizer("stems", self._stems)
         self._index.register_tokenizer("pairs", TextAnalyzerBuilder(Tokenizer.whitespace()).build())
+        self._write(catalogue, np.arange(1, len(catalogue) + 1))
+
+    def update(self, catalogue: Catalogue, row_R: Ints) -> None:
+        """Read the items of these rows ([R] int64) anew. A search that is under way sees the old ones."""
+        self._write(catalogue, row_R, again=True)
+
+    def _write(self, catalogue: Catalogue, row_R: Ints, *, again: bool = False) -> None:
         writer = self._index.writer(HEAP_BYTES, 1)
-        columns = [catalogue.table[name].to_pylist() for name in ("title", "category", "brand")]
-        for row, parts in enumerate(zip(*columns, strict=True), start=1):
+        rows = catalogue.table.select(["title", "category", "brand"]).take(pa.array(row_R - 1))
+        columns = [column.to_pylist() for column in rows.columns]
+        for row, *parts in zip(row_R.tolist(), *columns, strict=True):
+            if again:
+                writer.delete_documents_by_query(Query.term_query(self._schema, "row", row))
             text = " ".join(part for part in parts if part).replace("|", " ")
             document = tantivy.Document()
             document.add_unsigned("row", row)

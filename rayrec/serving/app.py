@@ -219,10 +219,13 @@ class Replica:
 
     def load(self, version: str) -> Loaded:
         """A version of the same BUNDLES folder. Raises UsageError, BundleError."""
+        from rayrec.model.scorer import Scorer
+        from rayrec.serving.editing import editor
         from rayrec.serving.pictures import Pictures
 
         bundle = Bundle.open(f"{self._bundles}/{version}")
-        return Loaded(self._load_scorer(bundle), Pictures(bundle))
+        scorer = self._load_scorer(bundle)
+        return Loaded(scorer, Pictures(bundle), editor(bundle) if isinstance(scorer, Scorer) else None)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray Serve once this replica is constructed."""
@@ -236,6 +239,7 @@ class Replica:
             self.config,
             model=self.version,
             image_of=self.loaded.image_of,
+            edit=self.loaded.edit,
             keys=self.keys,
             load=self.load,
             replica_id=serve.get_replica_context().replica_tag,

@@ -7,12 +7,15 @@ and then takes its place at once; one that fails is refused, and the old one goe
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
+
+import pyarrow as pa
 
 from rayrec.catalogue import Catalogue
 from rayrec.config import ServeConfig
@@ -20,23 +23,33 @@ from rayrec.errors import BundleError, RayrecError
 from rayrec.evaluation.experiment import Experiment, running
 from rayrec.ranking.pipeline import Ranker, Scorer
 from rayrec.ranking.requests import Request
-from rayrec.state.protocol import Act, History, Shown, State
+from rayrec.ranking.retrieval import Ints
+from rayrec.state.protocol import Act, History, ItemEdit, Shown, State
 
 log = logging.getLogger(__name__)
 
 ACTIVE_MODEL: Final = "active_model"
 """The setting that names the version which all replicas serve."""
 
+EDITS_AT_ONCE: Final = 1000
+"""Of a shop's items that reach a model together; their new pictures are in memory at once."""
+
 Image = tuple[bytes, str]
 ImageOf = Callable[[int], Image | None]
 """Bytes and media type of an item's image, by item index."""
 
 
+Edit = Callable[[Any, Sequence[ItemEdit], Mapping[str, bytes]], tuple[Scorer, Ints]]
+"""From a scorer, a shop's edits and the new pictures among them by item id: the scorer after them, and which rows of
+its catalogue changed ([R] int64)."""
+
+
 class Loaded(NamedTuple):
-    """What is read of a version."""
+    """What is read of a version. edit: how a shop's edits of its items reach it; None if they cannot."""
 
     scorer: Scorer
     image_of: ImageOf | None
+    edit: Edit | None = None
 
 
 Load = Callable[[str], Loaded]
@@ -44,13 +57,43 @@ Load = Callable[[str], Loaded]
 
 
 class Model:
-    """One version, with all that is derived from it."""
+    """One version, with all that is derived from it.
+
+    seq: the last of the shop's edits that it knows. picture_seq: of the items whose picture was put later, when.
+    """
 
     def __init__(self, version: str, loaded: Loaded, config: ServeConfig) -> None:
-        self.version, self.image_of = version, loaded.image_of
+        self.version, self.image_of, self._edit = version, loaded.image_of, loaded.edit
         self.ranker = Ranker(loaded.scorer, config, model=version)
         self.catalogue: Catalogue = loaded.scorer.catalogue
         self.cards = Cards(self.catalogue, with_images=loaded.image_of is not None)
+        self.seq = 0
+        self.picture_seq: Mapping[str, int] = {}
+
+    @property
+    def takes_edits(self) -> bool:
+        """Whether a shop's edits of its items reach it."""
+        return self._edit is not None
+
+    def over(self, edits: Sequence[ItemEdit], pictures: Mapping[str, bytes]) -> Model:
+        """The same after a shop's edits; this one stays as it is, for requests that are under way.
+
+        pictures: of the items whose picture is new. Edits that fail are logged and left out, lest all later ones wait.
+        """
+        later = copy.copy(self)
+        later.seq = edits[-1].seq
+        if self._edit is None:
+            return later
+        try:
+            scorer, row_R = self._edit(self.ranker.scorer, edits, pictures)
+        except Exception:
+            log.exception("%s: left out edits of %s", self.version, ", ".join(edit.item_id for edit in edits[:10]))
+            return later
+        pictured = {edit.item_id: edit.picture_seq for edit in edits if edit.picture_seq}
+        later.picture_seq = {**self.picture_seq, **pictured}
+        later.ranker, later.catalogue = self.ranker.over(scorer, row_R), scorer.catalogue
+        later.cards = self.cards.over(scorer.catalogue, row_R, later.picture_seq)
+        return later
 
     def try_out(self) -> None:
         """Answer a visitor of every scene, which also warms it up. Raises BundleError if that goes wrong."""
@@ -120,6 +163,24 @@ class Live:
         await self._follow_model()
         await self._follow_experiment()
 
+    async def follow_items(self) -> None:
+        """Bring the catalogue up to date with what the shop says of its items. Raises StateError."""
+        model, trial = self.model, self.trial
+        later = await asyncio.to_thread(self._up_to_date, model)
+        if self.model is model:  # else another was activated meanwhile, which knows them all
+            self.model = later
+        if trial is not None:
+            later = await asyncio.to_thread(self._up_to_date, trial.model)
+            if self.trial is trial:
+                self.trial = trial._replace(model=later)
+
+    def _up_to_date(self, model: Model) -> Model:
+        while model.takes_edits and (edits := self.state.item_edits(model.seq, EDITS_AT_ONCE)):
+            fresh = [edit.item_id for edit in edits if edit.picture_seq > model.seq]
+            found = {item_id: self.state.item_picture(item_id) for item_id in fresh}
+            model = model.over(edits, {item_id: data for item_id, data in found.items() if data is not None})
+        return model
+
     async def _follow_experiment(self) -> None:
         wanted = await asyncio.to_thread(running, self.state)
         if wanted == (self.trial.experiment if self.trial else None) or (wanted and wanted.name == self._refused_trial):
@@ -159,7 +220,7 @@ class Live:
             except Exception as error:  # a file that says what it may not
                 raise BundleError(f"{version}: cannot be loaded ({error})") from error
             model.try_out()
-            return model
+            return self._up_to_date(model)
 
 
 class _Nobody:
@@ -177,13 +238,26 @@ class Cards:
 
     def __init__(self, catalogue: Catalogue, *, with_images: bool) -> None:
         self._index, self._with_images = catalogue.index, with_images
-        columns = ("title", "category", "brand", "price", "has_image")
-        self._rows = list(zip(*(catalogue.table[name].to_pylist() for name in columns), strict=True))
+        self._rows = _rows(catalogue.table)
+        self._picture_seq: Mapping[str, int] = {}
+
+    def over(self, catalogue: Catalogue, row_R: Ints, picture_seq: Mapping[str, int]) -> Cards:
+        """The same after edits of these rows."""
+        later = copy.copy(self)
+        later._index, later._picture_seq = catalogue.index, picture_seq
+        later._rows = self._rows + [()] * (len(catalogue) - len(self._rows))
+        for row, facts in zip(row_R.tolist(), _rows(catalogue.table.take(pa.array(row_R - 1))), strict=True):
+            later._rows[row - 1] = facts
+        return later
 
     def of(self, item_id: str) -> dict[str, Any]:
         """`wire.ItemOut` of an item that is in the catalogue."""
         title, category, brand, price, has_image = self._rows[self._index[item_id] - 1]
-        image = f"/v1/items/{quote(item_id, safe='')}/image" if has_image and self._with_images else None
+        put = self._picture_seq.get(item_id)
+        image = None
+        if put or (has_image and self._with_images):
+            version = f"?v={put}" if put else ""  # browsers keep pictures for a while
+            image = f"/v1/items/{quote(item_id, safe='')}/image{version}"
         price = price if price is not None and price == price else None
         return {
             "item_id": item_id,
@@ -193,3 +267,8 @@ class Cards:
             "price": price,
             "image": image,
         }
+
+
+def _rows(items: pa.Table) -> list[tuple[Any, ...]]:
+    columns = ("title", "category", "brand", "price", "has_image")
+    return list(zip(*(items[name].to_pylist() for name in columns), strict=True))

@@ -17,6 +17,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
 from rayrec.schema import ACTIONS, SESSION_PREFIX
 from rayrec.serving import wire
+from rayrec.serving.editing import editor
 from rayrec.serving.scorer import load_scorer
 from rayrec.serving.web import Service
 from rayrec.state import open_state
@@ -53,10 +54,12 @@ def recommend(
         model=bundle.version,
         image_of=None,
         replica_id="offline",
+        edit=editor(bundle),
     )
 
     async def ask() -> dict[str, Any]:
         try:
+            await service.live.follow_items()
             return await service.recommend(request)
         finally:
             await service.close()

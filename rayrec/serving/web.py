@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
@@ -21,7 +21,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from rayrec import __version__
-from rayrec.config import ServeConfig
+from rayrec.config import ImageConfig, ServeConfig
+from rayrec.data.edits import LISTED
+from rayrec.data.images import ImageRejected, as_jpeg
 from rayrec.errors import BundleError, StateError, UsageError
 from rayrec.ranking import requests
 from rayrec.ranking.pipeline import Scorer
@@ -31,14 +33,17 @@ from rayrec.serving.audit import Audit
 from rayrec.serving.batching import Batcher, OverCapacityError
 from rayrec.serving.guard import CALLER, Guard
 from rayrec.serving.keys import LOCAL, TOKEN_S, Caller, Keys, new_session
-from rayrec.serving.live import Cards, ImageOf, Live, Load, Loaded, Model
+from rayrec.serving.live import Cards, Edit, ImageOf, Live, Load, Loaded, Model
 from rayrec.serving.metrics import MEDIA_TYPE, Metrics
+from rayrec.serving.pictures import fetched
 from rayrec.serving.problems import ProblemError
 from rayrec.state.protocol import Event, Outcome, Shown, State
 
 log = logging.getLogger(__name__)
 
 BEAT_EVERY_S = 1.0
+FOLLOW_EVERY_S = 0.25  # what a shop says of an item is to be live within a second
+PICTURE_SIDE = 512  # pixels of a picture that is put, at most
 ALIVE_MS = 3500  # a replica that was silent for longer is gone
 
 
@@ -55,10 +60,11 @@ class Service:
         image_of: ImageOf | None,
         replica_id: str | None,
         load: Load | None = None,
+        edit: Edit | None = None,
     ) -> None:
         self.state, self.config = state, config
         self.replica_id = replica_id or uuid.uuid4().hex[:8]
-        self.live = Live(Model(model, Loaded(scorer, image_of), config), config, state, load)
+        self.live = Live(Model(model, Loaded(scorer, image_of, edit), config), config, state, load)
         self.metrics = Metrics()
         self.started = time.monotonic()
         waiting = config.max_queued_requests
@@ -148,6 +154,37 @@ class Service:
         model = self.live.of(request.visitor)
         return model.ranker.popular(request), model.cards
 
+    def lists_item(self, item_id: str) -> bool:
+        """Whether there is such an item, and it may be shown."""
+        catalogue = self.live.model.catalogue
+        row = catalogue.index.get(item_id)
+        return row is not None and bool(catalogue.listed[row])
+
+    async def put_item(
+        self, item_id: str, facts: dict[str, Any], picture: bytes | None, *, listed: bool = True
+    ) -> wire.ItemAnswer:
+        """Tell all replicas what a shop says of an item. Raises ProblemError for a picture that is none."""
+        if not self.live.model.takes_edits:
+            raise ProblemError(409, "this server was given a model alone, and its items cannot be changed")
+        if picture is not None:
+            try:
+                picture = await asyncio.to_thread(as_jpeg, picture, PICTURE_SIDE, ImageConfig().max_pixels)
+            except ImageRejected as rejected:
+                raise ProblemError(422, f"the picture cannot be used: {rejected.reason}") from None
+        known = self.lists_item(item_id)
+        await asyncio.to_thread(self.state.put_item, item_id, {**facts, LISTED: listed}, picture)
+        return wire.ItemAnswer(item_id=item_id, known=known, changed=facts, image=picture is not None)
+
+    async def picture(self, item_id: str) -> tuple[bytes, str] | None:
+        """Bytes and media type of an item's picture, None if there is none."""
+        model = self.live.model
+        if not self.lists_item(item_id):
+            return None
+        if item_id in model.picture_seq:
+            data = await asyncio.to_thread(self.state.item_picture, item_id)
+            return None if data is None else (data, "image/jpeg")
+        return await asyncio.to_thread(model.image_of, model.catalogue.index[item_id]) if model.image_of else None
+
     async def status(self) -> wire.Status:
         """How the service is; replicas are those that reported themselves lately."""
         replicas = await asyncio.to_thread(self.state.replicas, ALIVE_MS)
@@ -175,6 +212,17 @@ class Service:
                 log.exception("cannot follow or report; trying again")
             await asyncio.sleep(BEAT_EVERY_S)
 
+    async def follow_items(self) -> None:
+        """Keep the catalogue up to date for as long as this replica lives."""
+        while True:
+            try:
+                await self.live.follow_items()
+            except StateError as error:
+                log.warning("cannot follow the catalogue: %s", error)
+            except Exception:  # as in `beat`
+                log.exception("cannot follow the catalogue; trying again")
+            await asyncio.sleep(FOLLOW_EVERY_S)
+
     async def close(self) -> None:
         """Finish what is at work and say goodbye."""
         self.lists.close()
@@ -196,21 +244,28 @@ def create_app(
     replica_id: str | None = None,
     keys: Keys | None = None,
     load: Load | None = None,
+    edit: Edit | None = None,
 ) -> FastAPI:
     """The application of one replica. It owns `state` and closes it at the end of its life.
 
     model: the version that answers name. image_of: bytes and media type of an item's image, by item index.
     keys: who may call; None: whoever is on this machine, by a loopback name. load: reads another version, to swap to.
+    edit: how a shop's edits of its items reach the model; None if they cannot.
     """
     config = config or ServeConfig()
-    service = Service(scorer, state, config, model=model, image_of=image_of, replica_id=replica_id, load=load)
+    service = Service(
+        scorer, state, config, model=model, image_of=image_of, replica_id=replica_id, load=load, edit=edit
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        beating = asyncio.create_task(service.beat())
+        with suppress(StateError):  # a replica answers without it, and follows when it is back
+            await service.live.follow_items()
+        tasks = [asyncio.create_task(service.beat()), asyncio.create_task(service.follow_items())]
         yield
-        beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await service.close()
 
     app = FastAPI(
@@ -263,20 +318,37 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/items/{item_id:path}/image", responses={200: {"content": {"image/*": {}}}})
     async def image(item_id: ItemPath) -> Response:
         """The picture of an item."""
-        model = service.live.model
-        index = model.catalogue.index.get(item_id)
-        found = await asyncio.to_thread(model.image_of, index) if index and model.image_of else None
+        found = await service.picture(item_id)
         if found is None:
             raise ProblemError(404, "there is no picture of this item")
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "max-age=3600"})
 
-    @app.get("/v1/items/{item_id:path}", response_model=wire.ItemOut)
+    @app.get("/v1/items/{item_id:path}", response_model=wire.ItemDetail)
     async def item(item_id: ItemPath) -> Response:
         """What the catalogue says of an item."""
         model = service.live.model
-        if item_id not in model.catalogue.index:
+        row = model.catalogue.index.get(item_id)
+        if row is None or not model.catalogue.listed[row]:
             raise ProblemError(404, f"there is no item '{item_id}'")
-        return JSONResponse(model.cards.of(item_id))
+        return JSONResponse(model.cards.of(item_id) | {"in_stock": bool(model.catalogue.in_stock[row])})
+
+    @app.put("/v1/items/{item_id:path}/image", openapi_extra=PICTURE_BODY)
+    async def put_image(item_id: ItemPath, request: Request) -> wire.ItemAnswer:
+        """Give an item a picture: its bytes are the body."""
+        return await service.put_item(item_id, {}, await request.body())
+
+    @app.put("/v1/items/{item_id:path}")
+    async def put_item(item_id: ItemPath, body: wire.ItemRequest) -> wire.ItemAnswer:
+        """Say something of an item, new or known, that all replicas go by within a second: price, stock, picture."""
+        data = await asyncio.to_thread(fetched, body.image, service.config.image_prefixes) if body.image else None
+        return await service.put_item(item_id, body.facts(), data)
+
+    @app.delete("/v1/items/{item_id:path}")
+    async def delete_item(item_id: ItemPath) -> wire.ItemAnswer:
+        """Never show an item again, until it is put again; what visitors did with it stays."""
+        if not service.lists_item(item_id):
+            raise ProblemError(404, f"there is no item '{item_id}'")
+        return await service.put_item(item_id, {}, None, listed=False)
 
 
 def _add_people_routes(app: FastAPI, service: Service, keys: Keys | None) -> None:
@@ -369,6 +441,9 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
 
 
 ItemPath = Annotated[wire.Id, Path(description="id of an item")]
+PICTURE_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
+}
 UserPath = Annotated[wire.Id, Path(description="id of a user")]
 PAGE_POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' data:"
 

@@ -207,6 +207,34 @@ class RecommendRequest(Wire):
     reasons: bool = False
 
 
+class ItemRequest(Wire):
+    """What a shop says of an item: what is not given stays as it is, and of a new item it is unknown.
+
+    image: a `data:` URI, or a place that begins with one of the server's `image_prefixes`.
+    """
+
+    title: Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000), AfterValidator(_printable)] = ""
+    category: Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000), AfterValidator(_printable)] = ""
+    brand: Annotated[str, StringConstraints(strip_whitespace=True, max_length=256), AfterValidator(_printable)] = ""
+    price: Annotated[float, Field(gt=0, lt=1e30, allow_inf_nan=False)] = 1.0
+    in_stock: bool = True
+    image: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """What is said, by the names of `data.edits`; an empty text makes it unknown."""
+        said = {name: getattr(self, name) for name in self.model_fields_set - {"image"}}
+        return {name: None if value == "" else value for name, value in said.items()}
+
+
+class ItemAnswer(BaseModel):
+    """What is held of an item, live everywhere within a second."""
+
+    item_id: str
+    known: bool = Field(description="whether there was such an item before")
+    changed: dict[str, str | float | bool | None] = Field(description="what was said, a picture aside")
+    image: bool = Field(description="whether a picture came with it")
+
+
 class ItemOut(BaseModel):
     """What the catalogue says of an item."""
 
@@ -216,6 +244,12 @@ class ItemOut(BaseModel):
     brand: str | None
     price: float | None
     image: str | None
+
+
+class ItemDetail(ItemOut):
+    """The same, and whether it can be bought now."""
+
+    in_stock: bool
 
 
 class RankedOut(ItemOut):

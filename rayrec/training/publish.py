@@ -22,12 +22,11 @@ from rayrec.bundle import Bundle, BundleWriter, publish, versions
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset, Images
+from rayrec.data.images import JPEG_QUALITY
 from rayrec.errors import writing
 from rayrec.followers import Followers
 from rayrec.progress import Task
 from rayrec.training.tracking import draw_curves
-
-JPEG_QUALITY = 88
 
 
 def write_bundle(
@@ -55,6 +54,7 @@ def write_bundle(
         pq.write_table(catalogue.table, writer.file("items/items.parquet"))
         for name in ("categories", "brands", "encoder"):
             writer.json(f"vocab/{name}.json", dataset.vocab(name))
+        writer.json("vocab/images.json", dataset.manifest["config"]["images"])
         pa.feather.write_feather(thumbnails(dataset.images()), writer.file("images/thumbnails.arrow"), "uncompressed")
         writer.json("metrics.json", {"training": history})
         draw_curves(history, writer.file("curves.png"))
