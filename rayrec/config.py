@@ -298,7 +298,7 @@ class BoostConfig(ItemsConfig):
 class SceneConfig(Settings):
     """One scene: candidates, which of them may be shown, how they are scored, and what makes the list of them."""
 
-    sources: tuple[str, ...] = ("model", "cooccurrence", "popular", "new")
+    sources: tuple[str, ...] = ("model", "cooccurrence", "popular", "trending", "new")
     heads: dict[str, float] = {"next": 1.0}
     text_weight: float = Field(0.7, ge=0, le=1, description="of how well a query fits, beside taste")
     fill: bool = Field(True, description="with popular items, where the sources give too few")
@@ -349,6 +349,7 @@ class ServeConfig(Settings):
 
     autoscale: AutoscaleConfig = AutoscaleConfig()
     scenes: dict[str, SceneConfig] = DEFAULT_SCENES
+    trend_hours: float = Field(24, ge=0, description="what was done in these is what is on now; 0: nothing is")
     history: int = Field(100, ge=1, description="a visitor's newest events that are read")
     per_source: int = Field(200, ge=1, description="candidates asked of each source")
     diversity: float = Field(0.1, ge=0, le=1)

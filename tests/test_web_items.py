@@ -207,6 +207,24 @@ def test_a_model_that_is_activated_later_knows_them_too(client: Client, bundle: 
     assert item(client, "fresh") is not None
 
 
+def test_what_visitors_do_now_reaches_the_others(client: Client, start: Start) -> None:
+    """Two new items that one visitor looked at, the second after the first: on now, and what follows."""
+    for item_id in ("fresh", "fresher"):
+        put(client, item_id, category="grey")
+    soon(lambda: item(client, "fresher") is not None)
+    looks = [{"user_id": "one", "item_id": item_id, "action": "view"} for item_id in ("fresh", "fresher")]
+    assert client.post("/v1/events", {"events": looks}).json()["accepted"] == 2
+    for replica in (client, start()):
+        soon(lambda replica=replica: "trending" in listed(replica)["fresher"]["sources"])
+        asked = {"user_id": "two", "events": [{"item_id": "fresh", "action": "view"}]}
+        assert "cooccurrence" in listed(replica, **asked)["fresher"]["sources"]
+        assert "trending" not in listed(replica)["red-4"]["sources"]
+        assert "cooccurrence" not in listed(replica)["fresher"]["sources"]
+    put(client, "freshest", category="grey")
+    soon(lambda: item(client, "freshest") is not None)
+    assert "trending" in listed(client)["fresher"]["sources"], "an edit does not lose what is on"
+
+
 def test_texts_can_be_taken_back(client: Client) -> None:
     assert put(client, "red-4", brand="")["changed"] == {"brand": None}
     soon(lambda: (item(client, "red-4") or {})["brand"] is None)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from rayrec.catalogue import Catalogue
+from rayrec.ranking.trends import nothing
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -95,6 +96,8 @@ class Retriever:
         by_events = np.argsort(-catalogue.n_train, kind="stable")
         self.popular = by_events[self.sellable_N[by_events]]
         self._new = np.flatnonzero(self.sellable_N & (catalogue.n_train < NEW_BELOW))
+        self.trend = nothing(catalogue)
+        """What visitors do now; may be set to another at any time."""
 
     def retrieve(
         self, asked: Asked, sources: Sequence[str], n: int, only: Sequence[Bools] | None = None
@@ -121,10 +124,15 @@ class Retriever:
         age_E = np.arange(len(item_E)) - np.repeat(bounds[:-1], np.diff(bounds))
         weight_E = (FADE**age_E).astype(np.float32)
         start_BN = sp.csr_matrix((weight_E, item_E, bounds), shape=(len(recent), self.cooccurrence.shape[0]))
-        return start_BN @ self.cooccurrence
+        follows = self.trend.follows
+        return start_BN @ self.cooccurrence + start_BN @ follows if follows.nnz else start_BN @ self.cooccurrence
 
     def _most_popular(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         return [self.popular[mask[self.popular]][:n] for mask in masks]
+
+    def _trending(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
+        popular = self.trend.popular
+        return [popular[mask[popular]][:n] for mask in masks]
 
     def _newcomers(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         """New items: those nearest to the visitor, or the latest rows of the catalogue for an unknown one."""
@@ -167,6 +175,7 @@ SOURCES: Final[dict[str, Source]] = {
     "model": Retriever._nearest_to_user,
     "cooccurrence": Retriever._following,
     "popular": Retriever._most_popular,
+    "trending": Retriever._trending,
     "new": Retriever._newcomers,
     "related": Retriever._related,
     "together": Retriever._together,

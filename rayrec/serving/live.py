@@ -10,6 +10,7 @@ import asyncio
 import copy
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -24,7 +25,8 @@ from rayrec.evaluation.experiment import Experiment, running
 from rayrec.ranking.pipeline import Ranker, Scorer
 from rayrec.ranking.requests import Request
 from rayrec.ranking.retrieval import Ints
-from rayrec.state.protocol import Act, History, ItemEdit, Shown, State
+from rayrec.ranking.trends import Trends
+from rayrec.state.protocol import Act, Happening, History, ItemEdit, Shown, State
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +139,7 @@ class Live:
 
     def __post_init__(self) -> None:
         self._swapping = threading.Lock()
+        self._trends, self._counting = Trends(self.config.trend_hours), threading.Lock()
         self._refused: str | None = None
         self._refused_trial: str | None = None
 
@@ -163,6 +166,23 @@ class Live:
         await self._follow_model()
         await self._follow_experiment()
 
+    async def follow_trends(self) -> None:
+        """Count what visitors did since this was last called. Raises StateError."""
+        if self.config.trend_hours:
+            happenings = await asyncio.to_thread(self.state.happenings, self._trends.seq)
+            await asyncio.to_thread(self._count, happenings)
+
+    def _count(self, happenings: Sequence[Happening]) -> None:
+        with self._counting:
+            self._trends.add(happenings)
+        for model in (self.model, *([self.trial.model] if self.trial else [])):
+            self._tell_trend(model)
+
+    def _tell_trend(self, model: Model) -> Model:
+        with self._counting:
+            model.ranker.retriever.trend = self._trends.over(model.catalogue, time.time_ns() // 1_000_000)
+        return model
+
     async def follow_items(self) -> None:
         """Bring the catalogue up to date with what the shop says of its items. Raises StateError."""
         model, trial = self.model, self.trial
@@ -179,6 +199,7 @@ class Live:
             fresh = [edit.item_id for edit in edits if edit.picture_seq > model.seq]
             found = {item_id: self.state.item_picture(item_id) for item_id in fresh}
             model = model.over(edits, {item_id: data for item_id, data in found.items() if data is not None})
+            self._tell_trend(model)
         return model
 
     async def _follow_experiment(self) -> None:
@@ -220,7 +241,7 @@ class Live:
             except Exception as error:  # a file that says what it may not
                 raise BundleError(f"{version}: cannot be loaded ({error})") from error
             model.try_out()
-            return self._up_to_date(model)
+            return self._up_to_date(self._tell_trend(model))
 
 
 class _Nobody:

@@ -60,6 +60,7 @@ def recommend(
     async def ask() -> dict[str, Any]:
         try:
             await service.live.follow_items()
+            await service.live.follow_trends()
             return await service.recommend(request)
         finally:
             await service.close()

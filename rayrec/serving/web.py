@@ -205,6 +205,7 @@ class Service:
         while True:
             try:
                 await self.live.follow()
+                await self.live.follow_trends()
                 await asyncio.to_thread(self.state.beat, self.replica_id, self.live.model.version)
             except StateError as error:
                 log.warning("cannot report this replica: %s", error)
@@ -261,6 +262,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with suppress(StateError):  # a replica answers without it, and follows when it is back
             await service.live.follow_items()
+            await service.live.follow_trends()
         tasks = [asyncio.create_task(service.beat()), asyncio.create_task(service.follow_items())]
         yield
         for task in tasks:

@@ -21,6 +21,8 @@ FORGET_REPLICA_MS: Final = 60_000
 """Replicas that were killed say no goodbye: they are forgotten after so long."""
 KEEP_CHANGES: Final = 100_000
 """Of the feed: replicas ask every second, and none is so far behind."""
+KEEP_HAPPENINGS: Final = 100_000
+"""Of the newest engagements: what is popular now, and what goes with what, is counted from no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,20 @@ class Receipt:
     sessions: int
 
 
+class Happening(NamedTuple):
+    """An engagement of somebody, whoever it was.
+
+    seq: only ever grows, in order of arrival. after: the item that they were at before, as far as it was known when
+    this arrived; None at their first.
+    """
+
+    seq: int
+    item_id: str
+    action: str
+    time_ms: int
+    after: str | None
+
+
 class ItemEdit(NamedTuple):
     """What a shop has said of an item since the catalogue was written, all of it together.
 
@@ -149,6 +165,12 @@ class State(Past, Protocol):
 
     def append_events(self, events: Sequence[Event]) -> list[Outcome]:
         """Store events durably, all or none; one outcome each, in order. An event_id counts once, ever."""
+
+    def happenings(self, since: int | None, limit: int = KEEP_HAPPENINGS) -> list[Happening]:
+        """Engagements (schema.ENGAGEMENTS) that arrived after `since`, the earliest first; None: the newest `limit`.
+
+        At least the newest KEEP_HAPPENINGS are kept, but for those of the erased.
+        """
 
     def user(self, visitor: str) -> UserRecord:
         """Everything held about a visitor; empty for an unknown one."""

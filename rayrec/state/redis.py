@@ -30,10 +30,12 @@ from rayrec.schema import ENGAGEMENTS, SESSION_PREFIX
 from rayrec.state.protocol import (
     FORGET_REPLICA_MS,
     KEEP_CHANGES,
+    KEEP_HAPPENINGS,
     MARKS,
     Act,
     Change,
     Event,
+    Happening,
     History,
     ItemEdit,
     Outcome,
@@ -76,8 +78,8 @@ end
 """
 
 # ARGV: for each event visitor, its digest, time, event id, mark ('' if none), item, act ('' if none), body.
-_APPEND = """
-local out = {}
+_APPEND = f"""
+local out = {{}}
 for i = 1, #ARGV, 8 do
   local visitor, digest, time_ms, event_id, mark, item, act, body = unpack(ARGV, i, i + 7)
   local whose, digest_of = owner(visitor, digest)
@@ -89,7 +91,13 @@ for i = 1, #ARGV, 8 do
   else
     local seq = number()
     redis.call('ZADD', P .. 'events:' .. whose, time_ms, seq .. body)
-    if act ~= '' then redis.call('ZADD', P .. 'acts:' .. whose, time_ms, seq .. act) end
+    if act ~= '' then
+      local acts = P .. 'acts:' .. whose
+      local before = redis.call('ZREVRANGEBYSCORE', acts, time_ms, '-inf', 'LIMIT', 0, 1)[1]
+      redis.call('ZADD', acts, time_ms, seq .. act)
+      before = before and string.sub(before, {SEQ_DIGITS} + 1) or ''
+      redis.call('ZADD', P .. 'happenings', tonumber(seq), cjson.encode({{tonumber(seq), act, time_ms, before}}))
+    end
     if mark == 'purchase' then
       redis.call('HINCRBY', P .. 'bought:' .. whose, item, 1)
       redis.call('ZADD', P .. 'bought-at:' .. whose, 'GT', time_ms, item)
@@ -99,6 +107,7 @@ for i = 1, #ARGV, 8 do
     out[#out + 1] = 'accepted'
   end
 end
+redis.call('ZREMRANGEBYRANK', P .. 'happenings', 0, -{KEEP_HAPPENINGS} - 1)
 return out
 """
 
@@ -150,6 +159,8 @@ local visitor, digest = unpack(ARGV)
 local events = redis.call('ZRANGE', P .. 'events:' .. visitor, 0, -1)
 for _, member in ipairs(events) do
   redis.call('SREM', P .. 'event-ids', cjson.decode(string.sub(member, {SEQ_DIGITS} + 1))[4])
+  local seq = tonumber(string.sub(member, 1, {SEQ_DIGITS}))
+  redis.call('ZREMRANGEBYSCORE', P .. 'happenings', seq, seq)
 end
 local shown = redis.call('ZCARD', P .. 'shown:' .. visitor)
 local sessions = redis.call('SMEMBERS', P .. 'sessions:' .. visitor)
@@ -304,6 +315,20 @@ class RedisState:
         if not visitors:
             return []
         return [_history(*found) for found in self._run("histories", [limit, *visitors])]
+
+    def happenings(self, since: int | None, limit: int = KEEP_HAPPENINGS) -> list[Happening]:
+        """See `protocol.State`."""
+        key = PREFIX + "happenings"
+        if since is None:
+            members = self._ask(lambda: self._client.zrange(key, -limit, -1))
+        else:
+            members = self._ask(lambda: self._client.zrangebyscore(key, f"({since}", "+inf", start=0, num=limit))
+        found = []
+        for member in members:
+            seq, act, time_ms, before = json.loads(member)
+            item_id, action = json.loads(act)
+            found.append(Happening(seq, item_id, action, int(time_ms), json.loads(before)[0] if before else None))
+        return found
 
     def log_shown(self, lists: Sequence[Shown]) -> None:
         """See `protocol.State`."""

@@ -29,10 +29,12 @@ from rayrec.schema import ENGAGEMENTS, SESSION_PREFIX
 from rayrec.state.protocol import (
     FORGET_REPLICA_MS,
     KEEP_CHANGES,
+    KEEP_HAPPENINGS,
     MARKS,
     Act,
     Change,
     Event,
+    Happening,
     History,
     ItemEdit,
     Outcome,
@@ -157,6 +159,19 @@ class SqliteState:
             owner = self._owners(db, set(visitors))
             found = {visitor: self._history(db, visitor, limit) for visitor in set(owner.values())}
         return [found[owner[visitor]] for visitor in visitors]
+
+    def happenings(self, since: int | None, limit: int = KEEP_HAPPENINGS) -> list[Happening]:
+        """See `protocol.State`."""
+        newest_first = since is None
+        query = (
+            "SELECT seq, item_id, action, time_ms, (SELECT item_id FROM events p WHERE p.visitor = e.visitor "
+            f"AND p.{ENGAGED} AND p.time_ms <= e.time_ms AND p.seq < e.seq "
+            "ORDER BY p.time_ms DESC, p.seq DESC LIMIT 1) "
+            f"FROM events e WHERE seq > ? AND {ENGAGED} ORDER BY seq {'DESC' if newest_first else 'ASC'} LIMIT ?"
+        )
+        with self._read() as db:
+            rows = db.execute(query, (since or 0, limit)).fetchall()
+        return [Happening(*row) for row in (reversed(rows) if newest_first else rows)]
 
     def _history(self, db: sqlite3.Connection, visitor: str, limit: int) -> History:
         acts = db.execute(

@@ -376,6 +376,41 @@ def test_an_absolute_url_means_the_same_everywhere(monkeypatch: pytest.MonkeyPat
         assert absolute_url(url) == url
 
 
+# ---------------------------------------------------------------- what happens
+
+
+def happened(state: State, since: int | None = None, limit: int = 100) -> list[tuple[str, str, int, str | None]]:
+    return [one[1:] for one in state.happenings(since, limit)]
+
+
+def test_what_happens_is_told_with_what_came_before_and_without_whom(state: State) -> None:
+    state.append_events([view("u", "a", 10), view("v", "x", 11), view("u", "b", 20, "cart")])
+    state.append_events([view("u", "late", 15), view("u", "not-shown", 30, "impression"), view("u", "tie", 20)])
+    assert happened(state) == [
+        ("a", "view", 10, None), ("x", "view", 11, None), ("b", "cart", 20, "a"),
+        ("late", "view", 15, "a"), ("tie", "view", 20, "b"),
+    ]  # fmt: skip
+
+
+def test_what_happens_is_told_once_to_those_who_follow(state: State) -> None:
+    state.append_events([view("u", "a", 10), view("u", "b", 20), view("u", "c", 30)])
+    first = state.happenings(0, limit=2)
+    assert [one.item_id for one in first] == ["a", "b"]
+    assert happened(state, first[-1].seq) == [("c", "view", 30, "b")]
+    assert happened(state, None, 2) == [("b", "view", 20, "a"), ("c", "view", 30, "b")], (
+        "newcomers begin with the newest"
+    )
+    last = state.happenings(first[-1].seq)[-1].seq
+    state.append_events([view("u", "c", 30, event_id="same"), view("u", "c", 30, event_id="same")])
+    assert len(happened(state, last)) == 1
+
+
+def test_what_the_erased_did_is_told_to_nobody(state: State) -> None:
+    state.append_events([view("u", "a", 10), view("v", "b", 20)])
+    state.erase("u")
+    assert happened(state) == [("b", "view", 20, None)]
+
+
 # ---------------------------------------------------------------- catalogue
 
 
