@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from rayrec.catalogue import Catalogue
 
@@ -112,21 +113,25 @@ class Rules:
 
     @cached_property
     def _in_category(self) -> dict[str, Ints]:
-        return _rows_by_name(self.catalogue.table["category"].to_pylist(), split=True)
+        return _rows_by_name(self.catalogue.table["category"], split=True)
 
     @cached_property
     def _of_brand(self) -> dict[str, Ints]:
-        return _rows_by_name(self.catalogue.table["brand"].to_pylist(), split=False)
+        return _rows_by_name(self.catalogue.table["brand"], split=False)
 
 
 _NONE = np.empty(0, np.int64)
 
 
-def _rows_by_name(names: list[str | None], *, split: bool) -> dict[str, Ints]:
+def _rows_by_name(column: pa.ChunkedArray, *, split: bool) -> dict[str, Ints]:
     """Catalogue rows of each name; with `split`, "a|b" counts for "a", for "b" and for "a|b"."""
-    rows: defaultdict[str, set[int]] = defaultdict(set)
-    for row, name in enumerate(names, start=1):
+    distinct = column.combine_chunks().dictionary_encode()
+    code_N = distinct.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    by_code = np.argsort(code_N, kind="stable")
+    bounds = np.searchsorted(code_N[by_code], np.arange(len(distinct.dictionary) + 1))
+    rows: defaultdict[str, list[Ints]] = defaultdict(list)
+    for code, name in enumerate(distinct.dictionary.to_pylist()):
         if name:
             for part in {name, *name.split("|")} if split else {name}:
-                rows[part].add(row)
-    return {name: np.array(sorted(found), np.int64) for name, found in rows.items()}
+                rows[part].append(by_code[bounds[code] : bounds[code + 1]] + 1)
+    return {name: np.sort(np.concatenate(found)) for name, found in rows.items()}
