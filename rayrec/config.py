@@ -351,6 +351,9 @@ class ServeConfig(Settings):
     scenes: dict[str, SceneConfig] = DEFAULT_SCENES
     trend_hours: float = Field(24, ge=0, description="what was done in these is what is on now; 0: nothing is")
     history: int = Field(100, ge=1, description="a visitor's newest events that are read")
+    exact_below: int = Field(
+        50_000, ge=0, description="items from which on the nearest are found by an index, which may miss some"
+    )
     per_source: int = Field(200, ge=1, description="candidates asked of each source")
     diversity: float = Field(0.1, ge=0, le=1)
     explore: float = Field(0.0, ge=0, le=1)

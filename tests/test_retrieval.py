@@ -12,7 +12,7 @@ from rayrec.catalogue import Catalogue
 from rayrec.ranking.retrieval import Asked, Candidates, Retriever
 
 SCORER = FakeScorer(catalogue(per_style=5, new_per_style=1))  # red-4, green-4, blue-4 are new
-RETRIEVER = Retriever(SCORER.catalogue, SCORER.vectors_ND, SCORER.cooccurrence)
+RETRIEVER = Retriever(SCORER.catalogue, SCORER.vectors_ND, SCORER.cooccurrence, 1000)
 
 
 def rows(*item_ids: str) -> np.ndarray:
@@ -90,7 +90,7 @@ def changed(items: Catalogue, **columns: list[object]) -> Catalogue:
 
 def test_items_that_left_the_catalogue_are_never_proposed() -> None:
     items = changed(SCORER.catalogue, in_catalogue=[n != 0 for n in range(15)])
-    retriever = Retriever(items, SCORER.vectors_ND, SCORER.cooccurrence)
+    retriever = Retriever(items, SCORER.vectors_ND, SCORER.cooccurrence, 1000)
     what = asked("red", anchors=("red-1",))
     found = retriever.retrieve(what, ["model", "popular", "related"], 50)[0]
     assert "red-0" not in ids(found)
@@ -99,12 +99,12 @@ def test_items_that_left_the_catalogue_are_never_proposed() -> None:
 
 def test_logs_without_a_catalogue_propose_everything() -> None:
     items = changed(SCORER.catalogue, in_catalogue=[False] * 15)
-    retriever = Retriever(items, SCORER.vectors_ND, SCORER.cooccurrence)
+    retriever = Retriever(items, SCORER.vectors_ND, SCORER.cooccurrence, 1000)
     assert len(retriever.retrieve(asked(), ["popular"], 50)[0].item_C) == 15
 
 
 def test_nan_vectors_come_last() -> None:
     vectors = SCORER.vectors_ND.copy()
     vectors[rows("red-0")] = np.nan
-    found = Retriever(SCORER.catalogue, vectors, SCORER.cooccurrence).retrieve(asked("red"), ["model"], 14)[0]
+    found = Retriever(SCORER.catalogue, vectors, SCORER.cooccurrence, 1000).retrieve(asked("red"), ["model"], 14)[0]
     assert "red-0" not in ids(found)

@@ -8,12 +8,12 @@ Axes: B requests, C candidates, M of them re-ranked, N + 1 catalogue rows, D wid
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -96,9 +96,7 @@ class Ranker:
         *,
         model: str = "unnamed",
         rng: np.random.Generator | None = None,
-        text: TextIndex | None = None,
     ) -> None:
-        """text: an index of this catalogue, or of an earlier state of it."""
         for name, scene in config.scenes.items():
             if unknown := set(scene.sources) - set(SOURCES):
                 raise UsageError(
@@ -106,28 +104,29 @@ class Ranker:
                 )
             if min(scene.heads.values(), default=0) < 0 or not sum(scene.heads.values()) > 0:
                 raise UsageError(f"scene '{name}': the weights of its heads must be 0 or more, and not all 0")
-        self.scorer, self.config, self.model = scorer, config, model
-        self.catalogue = scorer.catalogue
-        self.retriever = Retriever(scorer.catalogue, scorer.vectors_ND, scorer.cooccurrence)
-        self._rules = Rules(scorer.catalogue)
-        self._policies = {name: Policy(scene, self._rules) for name, scene in config.scenes.items()}
-        self._reading = Reading(scorer, config.history)
-        self._explainer = Explainer(scorer.catalogue, self.retriever)
-        self._rng = rng or np.random.default_rng()
-        if any(QUERY in scene.sources for scene in config.scenes.values()):  # now, not when the first visitor waits
-            self._text = text or TextIndex(self.catalogue)
-        self._fame_N = np.log1p(scorer.catalogue.n_train) / max(np.log1p(scorer.catalogue.n_train).max(), 1.0)
-
-    @cached_property
-    def _text(self) -> TextIndex:
-        return TextIndex(self.catalogue)
+        self.config, self.model, self._rng = config, model, rng or np.random.default_rng()
+        searched = any(QUERY in scene.sources for scene in config.scenes.values())
+        self._text = TextIndex(scorer.catalogue) if searched else None
+        parts = (scorer.catalogue, scorer.vectors_ND, scorer.cooccurrence)
+        self._rank_with(scorer, Retriever(*parts, config.exact_below))
 
     def over(self, scorer: Scorer, row_R: Ints) -> Ranker:
         """The same for a scorer whose catalogue has changed in these rows ([R] int64), some of them new."""
-        later = Ranker(scorer, self.config, model=self.model, rng=self._rng, text=self.__dict__.get("_text"))
-        if "_text" in later.__dict__:
-            later._text.update(scorer.catalogue, row_R)
+        later = copy.copy(self)
+        if self._text is not None:
+            self._text.update(scorer.catalogue, row_R)
+        parts = (scorer.catalogue, scorer.vectors_ND, scorer.cooccurrence)
+        later._rank_with(scorer, self.retriever.over(*parts, row_R))
         return later
+
+    def _rank_with(self, scorer: Scorer, retriever: Retriever) -> None:
+        self.scorer, self.retriever, self.catalogue = scorer, retriever, scorer.catalogue
+        rules = Rules(scorer.catalogue)
+        self._rules = rules
+        self._policies = {name: Policy(scene, rules) for name, scene in self.config.scenes.items()}
+        self._reading = Reading(scorer, self.config.history)
+        self._explainer = Explainer(scorer.catalogue, retriever)
+        self._fame_N = np.log1p(scorer.catalogue.n_train) / max(np.log1p(scorer.catalogue.n_train).max(), 1.0)
 
     def check(self, request: Request) -> None:
         """Raise UnknownSceneError or UnknownItemError, naming what there is, or UsageError for a bad k."""
@@ -231,12 +230,12 @@ class Ranker:
 
     def _searched(self, requests: Sequence[Request], scene: SceneConfig, asked: Asked) -> Asked:
         """With what the queries mean, in a scene that asks for it."""
-        if QUERY not in scene.sources:
+        if QUERY not in scene.sources or self._text is None:
             return asked
-        return replace(asked, matches=[self._matches(request.query or "") for request in requests])
+        return replace(asked, matches=[self._matches(self._text, request.query or "") for request in requests])
 
-    def _matches(self, query: str) -> tuple[Ints, Floats]:
-        items, fit = self._text.search(query, MATCHES)
+    def _matches(self, index: TextIndex, query: str) -> tuple[Ints, Floats]:
+        items, fit = index.search(query, MATCHES)
         known = items <= len(self.catalogue)  # the index may be ahead of this catalogue
         return items[known], fit[known]
 

@@ -1,13 +1,14 @@
 """Candidates: which few hundred items are worth scoring for a visitor, and which source proposed each.
 
 In: visitors' vectors, their newest items, the items at hand. Out: merged candidates with their sources.
-It must not know requests, rules or scores. Every source is exact and returns its best first.
+It must not know requests, rules or scores. Every source returns its best first.
 
 Axes: B requests, C candidates, N + 1 catalogue rows (0 is padding), D width.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from rayrec.catalogue import Catalogue
+from rayrec.ranking.nearest import Nearest, order
 from rayrec.ranking.trends import nothing
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -88,7 +90,18 @@ class Candidates:
 class Retriever:
     """All sources over one catalogue. Items that left the catalogue are never proposed."""
 
-    def __init__(self, catalogue: Catalogue, vectors_ND: Floats, cooccurrence: sp.csr_matrix) -> None:
+    def __init__(self, catalogue: Catalogue, vectors_ND: Floats, cooccurrence: sp.csr_matrix, exact_below: int) -> None:
+        self._set(catalogue, vectors_ND, cooccurrence)
+        self._nearest, self._alike = Nearest(vectors_ND, exact_below), Nearest(self.unit_ND, exact_below)
+
+    def over(self, catalogue: Catalogue, vectors_ND: Floats, cooccurrence: sp.csr_matrix, row_R: Ints) -> Retriever:
+        """The same after changes of some rows ([R] int64), some of them new."""
+        later = copy.copy(self)
+        later._set(catalogue, vectors_ND, cooccurrence)
+        later._nearest, later._alike = self._nearest.over(vectors_ND, row_R), self._alike.over(later.unit_ND, row_R)
+        return later
+
+    def _set(self, catalogue: Catalogue, vectors_ND: Floats, cooccurrence: sp.csr_matrix) -> None:
         self.vectors_ND, self.cooccurrence = vectors_ND, cooccurrence
         length_N = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         self.unit_ND: Floats = (vectors_ND / np.maximum(length_N, 1e-12)).astype(np.float32)
@@ -110,8 +123,10 @@ class Retriever:
     def _nearest_to_user(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         if asked.user_BD is None:
             return [_NONE] * len(asked)
-        scores_BN = asked.user_BD @ self.vectors_ND.T
-        return [_best(scores_BN[b], masks[b], n) if asked.known_B[b] else _NONE for b in range(len(asked))]
+        known = np.flatnonzero(asked.known_B).tolist()
+        found = self._nearest.search(asked.user_BD[known], [masks[b] for b in known], n)
+        of = dict(zip(known, found, strict=True))
+        return [of.get(b, _NONE) for b in range(len(asked))]
 
     def _following(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         weight_BN = self.following(asked.recent)
@@ -140,7 +155,7 @@ class Retriever:
         for b, mask in enumerate(masks):
             new = self._new[mask[self._new]]
             if asked.user_BD is not None and asked.known_B[b]:
-                found.append(new[_order(self.vectors_ND[new] @ asked.user_BD[b], n)])
+                found.append(new[order(self.vectors_ND[new] @ asked.user_BD[b], n)])
             else:
                 found.append(new[::-1][:n])
         return found
@@ -163,7 +178,7 @@ class Retriever:
             if not len(anchors):
                 found.append(_NONE)
                 continue
-            near = _best(self.unit_ND @ self.unit_ND[anchors].mean(axis=0), masks[b], n)
+            near = self._alike.search(self.unit_ND[anchors].mean(axis=0)[None], [masks[b]], n)[0]
             follow = _best_of_row(follows_BN, b, masks[b], n // 2)
             found.append(np.concatenate([follow, near[: n - len(follow)]]))
         return found
@@ -186,29 +201,13 @@ SOURCES: Final[dict[str, Source]] = {
 _NONE: Final = np.empty(0, np.int64)
 
 
-def _best(scores_N: Floats, mask_N: Bools, n: int) -> Ints:
-    """The `n` highest scores within the mask, best first; ties by row."""
-    rows = np.flatnonzero(mask_N)
-    return rows[_order(scores_N[rows], n)]
-
-
 def _best_of_row(weight_BN: sp.csr_matrix, b: int, mask_N: Bools, n: int) -> Ints:
     """The `n` highest weights of one sparse row within the mask, best first."""
     inside = slice(weight_BN.indptr[b], weight_BN.indptr[b + 1])
     items, weights = weight_BN.indices[inside].astype(np.int64), weight_BN.data[inside]
     keep = mask_N[items] & (weights > 0)
     items = items[keep]
-    return items[_order(weights[keep], n)]
-
-
-def _order(scores: Floats, n: int) -> Ints:
-    """Places of the `n` highest scores, best first; NaN counts as lowest; ties by place."""
-    scores = np.where(np.isnan(scores), -np.inf, scores)
-    places: Ints = np.arange(len(scores))
-    if n < len(scores):
-        places = np.argpartition(-scores, n)[:n]
-    ordered: Ints = places[np.lexsort((places, -scores[places]))]
-    return ordered
+    return items[order(weights[keep], n)]
 
 
 def _merge(found: Sequence[Ints], sources: tuple[str, ...]) -> Candidates:
