@@ -8,17 +8,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-try:
-    import faiss as _faiss
-except ImportError:  # an extra
-    _faiss = None
-
-faiss: Any = _faiss
+faiss: Any = import_module("faiss") if find_spec("faiss") else None  # an extra
 log = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
