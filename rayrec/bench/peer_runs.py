@@ -66,6 +66,7 @@ PEERS: dict[str, Peer] = {
         _RECTOOLS,
         (
             {"n_factors": 64, "session_max_len": 20, "lr": 1e-3, "epochs": 100},
+            {"n_factors": 64, "session_max_len": 200, "lr": 1e-3, "epochs": 100},
             {
                 "n_factors": 64, "session_max_len": 50, "lr": 1e-3, "epochs": 100,
                 "loss": "gBCE", "n_negatives": 64, "gbce_t": 0.75,

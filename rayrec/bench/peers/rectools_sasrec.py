@@ -17,7 +17,7 @@ from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
 LENGTH = 100
-PATIENCE = 5
+PATIENCE, PATIENT_STEPS = 5, 1000  # an epoch of few long sequences has few steps
 VALIDATION_USERS, BATCH = 5000, 256
 data, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 seed, minutes = settings.pop("seed"), settings.pop("minutes")
@@ -39,7 +39,7 @@ class KeepBest(pl.Callback):
     """NDCG@10 of some users' validation events after each epoch, or what there was of it; the best weights win."""
 
     def __init__(self) -> None:
-        self.best, self.weights, self.step, self.worse = -1.0, None, 0, 0
+        self.best, self.weights, self.step, self.worse, self.best_step = -1.0, None, 0, 0, 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
         """Stop where the minutes of CPU are over: Lightning's own limit is of the wall clock."""
@@ -56,9 +56,11 @@ class KeepBest(pl.Callback):
         print(f"epoch {trainer.current_epoch}: {found:.4f} after {curve[-1][0]:.0f} s of CPU", file=sys.stderr)
         if found > self.best:
             self.best, self.weights, self.worse = found, copy.deepcopy(module.state_dict()), 0
+            self.best_step = self.step
             return
         self.worse += 1
-        trainer.should_stop = trainer.should_stop or self.worse >= PATIENCE
+        stuck = self.worse >= PATIENCE and self.step - self.best_step >= PATIENT_STEPS
+        trainer.should_stop = trainer.should_stop or stuck
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The minutes may end amid an epoch."""
