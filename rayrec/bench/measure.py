@@ -9,7 +9,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -38,19 +38,19 @@ def measured(command: Sequence[str], env: Mapping[str, str] | None = None, error
     started = time.monotonic()
     given = None if env is None else dict(env)
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=given)
-    peak_kib = 0
+    peak_mib = 0.0
     cpu_s: dict[int, float] = {}  # CPU time counts other programs out, where the machine is shared
     done = threading.Event()
 
     def watch() -> None:
-        nonlocal peak_kib
+        nonlocal peak_mib
         next_look = 0.0
         while not done.wait(SAMPLE_EVERY_S):
-            family = _family(child.pid)
-            cpu_s.update(family)
+            members = family(child.pid)
+            cpu_s.update(members)
             begun = time.monotonic()
             if begun >= next_look:
-                peak_kib = max(peak_kib, sum(_pss_kib(pid) for pid in family))
+                peak_mib = max(peak_mib, pss_mib(members))
                 ended = time.monotonic()
                 next_look = ended + (ended - begun) / MEMORY_SHARE
 
@@ -64,10 +64,10 @@ def measured(command: Sequence[str], env: Mapping[str, str] | None = None, error
         child.kill()
     if child.returncode:
         raise RuntimeError(f"{' '.join(command[:4])} failed with exit code {child.returncode}")
-    return Measured(time.monotonic() - started, sum(cpu_s.values()), peak_kib / 1024, output)
+    return Measured(time.monotonic() - started, sum(cpu_s.values()), peak_mib, output)
 
 
-def _family(root: int) -> dict[int, float]:
+def family(root: int) -> dict[int, float]:
     """A process and all its descendants: the CPU seconds that each has used."""
     children: dict[int, list[int]] = {}
     cpu_s: dict[int, float] = {}
@@ -79,12 +79,17 @@ def _family(root: int) -> dict[int, float]:
         pid = int(stat.parent.name)
         children.setdefault(int(fields[1]), []).append(pid)
         cpu_s[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    family, waiting = {}, [root]
+    found, waiting = {}, [root]
     while waiting:
         pid = waiting.pop()
-        family[pid] = cpu_s.get(pid, 0.0)
+        found[pid] = cpu_s.get(pid, 0.0)
         waiting += children.get(pid, [])
-    return family
+    return found
+
+
+def pss_mib(pids: Iterable[int]) -> float:
+    """Memory of these processes together: each page that some of them share counts once. Holds them up: ask seldom."""
+    return sum(_pss_kib(pid) for pid in pids) / 1024
 
 
 def _pss_kib(pid: int) -> int:
