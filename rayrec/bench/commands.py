@@ -108,6 +108,41 @@ def bench_degrade(
     _show(result, as_json)
 
 
+@bench_app.command("serve")
+def bench_serve(
+    out: Annotated[Path, typer.Option(help="Where runs are kept, and the table and picture written.")],
+    rounds: Rounds = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each server at each number of clients.")] = 10,
+    clients: Annotated[
+        str, typer.Option(help="Who wait for an answer before they ask again, comma-separated.")
+    ] = "1,8,32",
+    items: Annotated[str | None, typer.Option(help="Sizes of the catalogue, comma-separated.")] = None,
+    history: Annotated[str | None, typer.Option(help="Events of each visitor, comma-separated.")] = None,
+    users: Annotated[str | None, typer.Option(help="Visitors in the state, comma-separated.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A server, items, history, users or layers; repeatable. Default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Lists a second behind Ray Serve, uvicorn, LitServe and BentoML, how they grow, and where the time goes."""
+    from rayrec.bench.serving import Sizes, run
+
+    given = {"items": items, "history": history, "users": users}
+    sizes = Sizes(**{name: _numbers(name, text) for name, text in given.items() if text is not None})
+    _show(
+        run(out, rounds=rounds, seconds=seconds, clients=_numbers("clients", clients), sizes=sizes, only=only or ()),
+        as_json,
+    )
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Raises UsageError."""
+    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(numbers) != text.count(",") + 1 or min(numbers) < 1:
+        raise UsageError(f"--{option} {text}: write numbers from 1 on with commas between, for example 1,8,32")
+    return numbers
+
+
 def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)

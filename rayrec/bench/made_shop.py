@@ -1,7 +1,7 @@
 """A shop to serve, made at once: a bundle with a real model that was never trained, and a state full of visitors.
 
-In: how many items, visitors and events of each. Out: a BUNDLES folder, a SQLite file. Its lists are of no worth, and cost
-what good ones cost. Seeded.
+In: how many items, visitors and events of each. Out: a BUNDLES folder, a SQLite file. Its lists are of no worth, and
+cost what good ones cost. Seeded.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def fill_state(path: Path, users: int, events: int, items: int, seed: int = 0) -
             if db.execute(f"PRAGMA {pragma}").fetchone() == ("wal",):
                 raise StateError(f"{path}: somebody else has it open")
         # Indices are built at the end: row by row it would take many times as long.
-        indices = db.execute("SELECT name, sql FROM sqlite_master WHERE tbl_name = 'events' AND sql LIKE 'CREATE INDEX%'")
+        indices = db.execute(
+            "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'events' AND sql LIKE 'CREATE INDEX%'"
+        )
         held = dict(indices.fetchall())
         for name in held:
             db.execute(f"DROP INDEX {name}")

@@ -112,7 +112,7 @@ def run_peer(
     """
     if peer.pictures and not dataset.has("images"):
         raise RuntimeError("learns from pictures, and this set has none")
-    python = environment(environments, peer)
+    python = environment(environments, peer.requirements)
     data, lists = scratch / "data", scratch / "lists"
     export(sequences, data)
     if peer.pictures:
@@ -170,19 +170,19 @@ def export(sequences: pa.Table, folder: Path) -> None:
         pq.write_table(asked, folder / f"ask-{split}.parquet")
 
 
-def environment(folder: Path, peer: Peer) -> Path:
-    """The Python of the peer's virtual environment, which is made if it is not there. Raises RuntimeError."""
-    home = folder / hashlib.sha256(json.dumps(peer.requirements).encode()).hexdigest()[:8]
+def environment(folder: Path, requirements: tuple[str, ...]) -> Path:
+    """The Python of a virtual environment with `requirements`; it is made if it is not there. Raises RuntimeError."""
+    home = folder / hashlib.sha256(json.dumps(requirements).encode()).hexdigest()[:8]
     python = home / "bin" / "python"
     if (home / "done").exists():
         return python
     shutil.rmtree(home, ignore_errors=True)
-    step(f"installing {', '.join(peer.requirements)}")
+    step(f"installing {', '.join(requirements)}")
     for command in ([sys.executable, "-m", "venv", str(home)], [str(python), "-m", "pip", "install", "-q"]):
-        words = command if command[0] == sys.executable else [*command, *peer.requirements]
+        words = command if command[0] == sys.executable else [*command, *requirements]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
-            raise RuntimeError(f"cannot install {', '.join(peer.requirements)}: {reason}")
+            raise RuntimeError(f"cannot install {', '.join(requirements)}: {reason}")
     (home / "done").touch()
     return python
