@@ -6,6 +6,7 @@ In: item rows, `HistoryTensors`. Out: vectors of width D. They must not know los
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -102,6 +103,13 @@ class ItemTable(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         known = (name for name, codes in self.attributes().items() if bool((codes > 0).any()))
         self.known: tuple[str, ...] = tuple(known) if like is None else like.known
+
+    def tagged(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Categories, brand and title words: codes [N + 1, K], their rarity, and how many codes there are."""
+        codes = (self.category_NK, self.brand_N[:, None], self.title_NK)
+        rarities = (self.category_rarity_NK, self.brand_rarity_NK, self.title_rarity_NK)
+        n_codes = (len(self.idf[name]) for name in ("category", "brand", "title"))
+        return zip(codes, rarities, n_codes, strict=True)
 
     def attributes(self) -> dict[str, Tensor]:
         """Codes of each attribute, by the name of what encodes it."""

@@ -5,6 +5,8 @@ In: history, user vector, candidates and what is known of them. Out: logits per 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -88,9 +90,11 @@ class Fusion(nn.Module):
         steps_back_BL = (history.length_B[:, None] - 1 - torch.arange(real_BL.shape[1], device=real_BL.device)).clamp(0)
 
         match_BCL = (candidate_BC[:, :, None] == history.item_BL[:, None, :]) & real_BL[:, None, :]
+        match_BCL = match_BCL.float()
         recency_BC = (match_BCL / (1.0 + steps_back_BL[:, None, :])).amax(2)
-        count_BC = match_BCL.sum(2)
-        touched = [(match_BCL & (history.action_BL == ACTION_CODE[name])[:, None, :]).any(2) for name in TOUCHES]
+        # One product counts all matches and those of each action: sums of zeros and ones are exact.
+        touch = [torch.ones_like(real_BL), *(history.action_BL == ACTION_CODE[name] for name in TOUCHES)]
+        count_BC, *touched = (match_BCL @ torch.stack(touch, -1).float()).unbind(-1)
 
         dot_BC = (vector_BCD @ user_BD[:, :, None]).squeeze(2)
         last_BD = past_BLD[torch.arange(len(past_BLD)), (history.length_B - 1).clamp(min=0)]
@@ -110,19 +114,17 @@ class Fusion(nn.Module):
             attended_BC,
             (~items.warm_N[candidate_BC]).float(),
             torch.log1p(history.length_B.float())[:, None].expand_as(dot_BC) / 4,
-            *touched,
+            *(count > 0 for count in touched),
         ]
-        for decay in DECAYS:
-            weight_BL = decay**steps_back_BL * real_BL
-            weight_BL = weight_BL / weight_BL.sum(1, keepdim=True).clamp(min=1e-6)
+        weights = [decay**steps_back_BL * real_BL for decay in DECAYS]
+        weights = [weight_BL / weight_BL.sum(1, keepdim=True).clamp(min=1e-6) for weight_BL in weights]
+        affinities = [
+            _affinities(code_NK, rarity_NK, n_codes, candidate_BC, history.item_BL, weights)
+            for code_NK, rarity_NK, n_codes in items.tagged()
+        ]
+        for weight_BL, *of_decay in zip(weights, *affinities, strict=True):
             usual_price_B = (items.price_scaled_N[history.item_BL] * weight_BL).sum(1)
-            columns.append((items.price_scaled_N[candidate_BC] - usual_price_B[:, None]).abs())
-            for code_NK, rarity_NK in (
-                (items.category_NK, items.category_rarity_NK),
-                (items.brand_N[:, None], items.brand_rarity_NK),
-                (items.title_NK, items.title_rarity_NK),
-            ):
-                columns.append(_affinity(code_NK, rarity_NK, candidate_BC, history.item_BL, weight_BL))
+            columns += [(items.price_scaled_N[candidate_BC] - usual_price_B[:, None]).abs(), *of_decay]
         return torch.stack([column.float() for column in columns], -1)
 
 
@@ -135,14 +137,25 @@ def teaches(action_B: Tensor) -> Tensor:
     return torch.stack(columns, -1)
 
 
-def _affinity(code_NK: Tensor, rarity_NK: Tensor, candidate_BC: Tensor, past_BL: Tensor, weight_BL: Tensor) -> Tensor:
-    """Weighted mean over the history of the cosine between its codes and the candidate's. [B, C] float32."""
-    taste_BV = weight_BL.new_zeros(len(past_BL), int(code_NK.max()) + 1)
-    spread_BLK = weight_BL[:, :, None] * rarity_NK[past_BL]
-    taste_BV.scatter_add_(1, code_NK[past_BL].flatten(1), spread_BLK.flatten(1))
-    rarity_BCK = rarity_NK[candidate_BC]
-    got_BCK = taste_BV.gather(1, code_NK[candidate_BC].flatten(1)).view_as(rarity_BCK)
-    return (got_BCK * rarity_BCK).sum(2)
+def _affinities(
+    code_NK: Tensor,
+    rarity_NK: Tensor,
+    n_codes: int,
+    candidate_BC: Tensor,
+    past_BL: Tensor,
+    weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """By each of `weights` ([B, L]) the weighted mean over the history of the cosine between its codes and the
+    candidate's. [B, C] float32 each.
+    """
+    past_code_BX, past_rarity_BLK = code_NK[past_BL].flatten(1), rarity_NK[past_BL]
+    code_BX, rarity_BCK = code_NK[candidate_BC].flatten(1), rarity_NK[candidate_BC]
+    found = []
+    for weight_BL in weights:
+        taste_BV = weight_BL.new_zeros(len(past_BL), n_codes)
+        taste_BV.scatter_add_(1, past_code_BX, (weight_BL[:, :, None] * past_rarity_BLK).flatten(1))
+        found.append((taste_BV.gather(1, code_BX).view_as(rarity_BCK) * rarity_BCK).sum(2))
+    return found
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
