@@ -45,8 +45,9 @@ def test_an_item_seen_twice_counts_twice_and_the_sixth_step_back_not_at_all() ->
 def test_the_features_of_candidates_by_hand() -> None:
     """What came next, near and before, the longer memory and two steps, for a candidate, an absent one and padding."""
     remembered = ask(histories([2, 1]), near={"_1_2": 3.0, "_2_1": 5.0, "_1_3": 1.0}, _1_2=4, _2_1=2)
-    feature_CF = remembered.at(np.array([[2, 3, 0]]))[0]
-    assert feature_CF.shape == (3, FOLLOW_FEATURES)
+    feature_CF = remembered.at(np.array([[2, 3, 0, 2]]))[0]
+    assert feature_CF.shape == (4, FOLLOW_FEATURES)
+    np.testing.assert_array_equal(feature_CF[3], feature_CF[0], "the same item twice")
     by_hand = [
         np.log1p(4.0),
         np.log1p(3.0),
@@ -102,22 +103,22 @@ def test_all_sources_are_asked() -> None:
     model_BN[1, [1, 3, 5, 6]] = 5
     next_BN[:, [10, 11, 6, 5]] = 1
     near_BN[:, [2, 10, 11, 6]] = 1
-    out_BC = retrieve(history, model_BN, Remembered(next_BN, near_BN, ()), np.array([12, 1, 2]), np.ones(13, bool), 4)
+    remembered = Remembered(sp.csr_array(next_BN), sp.csr_array(near_BN), ())
+    out_BC = retrieve(history, model_BN, remembered, np.array([12, 1, 2]), np.ones(13, bool), 4)
     assert {12, 7, 10, 11, 6, 5, 2} < set(out_BC[0].tolist())
     assert set(out_BC[1].tolist()) - {0} == {1, 2, 3, 5, 6, 10, 11, 12, 8, 9}
 
 
 def test_a_visitor_without_history_still_gets_the_popular() -> None:
     nothing_BN = np.zeros((1, 6), np.float32)
-    out_BC = retrieve(
-        histories([]), nothing_BN, Remembered(nothing_BN, nothing_BN, ()), np.array([3, 5, 1]), np.ones(6, bool), 8
-    )
+    nothing = Remembered(sp.csr_array(nothing_BN), sp.csr_array(nothing_BN), ())
+    out_BC = retrieve(histories([]), nothing_BN, nothing, np.array([3, 5, 1]), np.ones(6, bool), 8)
     assert {3, 5} <= set(out_BC[0].tolist())
 
 
 def test_cold_items_have_places_of_their_own_and_take_none_from_others() -> None:
     model_BN = np.array([[0, 1, 2, 3, 4, 9, 8, 7, 6]], np.float32)
     warm_N = np.arange(9) < 5
-    nothing = Remembered(*np.zeros((2, 1, 9), np.float32), ())
+    nothing = Remembered(sp.csr_array((1, 9), dtype=np.float32), sp.csr_array((1, 9), dtype=np.float32), ())
     out_BC = retrieve(histories([]), model_BN, nothing, np.array([], np.int64), warm_N, 4)
     assert set(out_BC[0].tolist()) == {1, 2, 3, 4, 5}

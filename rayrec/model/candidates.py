@@ -6,6 +6,7 @@ In: histories, scores by model, what follows what. Out: candidate matrices. It m
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +55,8 @@ class Memory:
         n_rows = self.next.shape[0]
         recent_BN, longer_BN = (_recent(history, n_rows, *kind) for kind in (RECENT, LONGER))
         return Remembered(
-            next_BN=(recent_BN @ self.next).toarray(),
-            near_BN=(recent_BN @ self.near).toarray(),
+            next=recent_BN @ self.next,
+            near=recent_BN @ self.near,
             others=(
                 recent_BN @ self.next_share,
                 recent_BN @ self.near_share,
@@ -68,18 +69,31 @@ class Memory:
 
 @dataclass(frozen=True)
 class Remembered:
-    """Scores of every item by what followed: [B, N + 1] float32 by `next` and `near`, and others, sparse."""
+    """Scores of every item by what followed, sparse: [B, N + 1] csr by `next` and `near`, and others."""
 
-    next_BN: Floats
-    near_BN: Floats
+    next: sp.csr_array
+    near: sp.csr_array
     others: tuple[sp.csr_array, ...]
+
+    @property
+    def next_BN(self) -> Floats:
+        """[B, N + 1] float32."""
+        dense: Floats = self.next.toarray()
+        return dense
+
+    @property
+    def near_BN(self) -> Floats:
+        """[B, N + 1] float32."""
+        dense: Floats = self.near.toarray()
+        return dense
 
     def at(self, candidate_BC: Ints) -> Floats:
         """The features of candidates, each at about unit scale. [B, C, FOLLOW_FEATURES] float32."""
-        dense = [np.take_along_axis(scores, candidate_BC, 1) for scores in (self.next_BN, self.near_BN)]
-        next_share_BC, near_share_BC, *others = (_at(scores, candidate_BC) for scores in self.others)
+        next_BC, near_BC, next_share_BC, near_share_BC, *others = _at(
+            (self.next, self.near, *self.others), candidate_BC
+        )
         shares = [np.log(share_BC + 1e-4) / 4 + 1 for share_BC in (next_share_BC, near_share_BC)]
-        counts = [np.log1p(count_BC) for count_BC in (*dense, *others)]
+        counts = [np.log1p(count_BC) for count_BC in (next_BC, near_BC, *others)]
         return np.stack([*counts, *shares], -1).astype(np.float32)
 
 
@@ -97,18 +111,23 @@ def _recent(history: HistoryBatch, n_rows: int, steps: int, decay: float) -> sp.
     return sp.csr_array((weight_P, (visitor_P, item_P)), shape=(len(history), n_rows))
 
 
-def _at(scores_BN: sp.csr_array, candidate_BC: Ints) -> Floats:
-    """Entries of a sparse matrix, row by row; 0 where there is none. [B, C] float32."""
-    scores_BN.sort_indices()
-    n_rows, n_columns = scores_BN.shape
-    row_E = np.repeat(np.arange(n_rows, dtype=np.int64), np.diff(scores_BN.indptr))
-    key_E = row_E * n_columns + scores_BN.indices
-    key_BC = np.arange(n_rows)[:, None] * n_columns + candidate_BC
-    if not len(key_E):
-        return np.zeros(candidate_BC.shape, np.float32)
-    place_BC = np.searchsorted(key_E, key_BC).clip(max=len(key_E) - 1)
-    found: Floats = np.where(key_E[place_BC] == key_BC, scores_BN.data[place_BC], 0).astype(np.float32)
-    return found
+def _at(matrices: Sequence[sp.csr_array], candidate_BC: Ints) -> Floats:
+    """Entries of sparse matrices, row by row; 0 where there is none. M of [B, N + 1] -> [M, B, C] float32."""
+    n_rows, n_candidates = candidate_BC.shape
+    found_MBC = np.empty((len(matrices), n_rows, n_candidates), np.float32)
+    # To look up where each entry belongs, what is no candidate beyond the end, costs less than to sort the entries:
+    # a popular item came after nearly every other one.
+    place_N = np.full(matrices[0].shape[1], n_candidates)
+    for b, candidate_C in enumerate(candidate_BC):
+        place_N[candidate_C] = np.arange(n_candidates)
+        place_C = place_N[candidate_C]  # one place for an item that is there twice
+        for m, scores_BN in enumerate(matrices):
+            row = slice(scores_BN.indptr[b], scores_BN.indptr[b + 1])
+            score_C = np.zeros(n_candidates + 1, np.float32)
+            score_C[place_N[scores_BN.indices[row]]] = scores_BN.data[row]
+            found_MBC[m, b] = score_C[place_C]
+        place_N[candidate_C] = n_candidates
+    return found_MBC
 
 
 def top(scores_BN: Floats, k: int) -> Ints:
