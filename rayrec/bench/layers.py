@@ -161,7 +161,7 @@ def shares(work: Callable[[], None]) -> dict[str, float]:
     whole_s = max(spent for _, _, _, spent, _ in stats.values())
     found: dict[str, float] = defaultdict(float)
     for (file, _, function), (_, _, _, spent_s, _) in stats.items():
-        if file.startswith(ours) and not file.startswith(f"{ours}/bench"):
+        if file.startswith(ours) and not file.startswith(f"{ours}/bench") and not function.startswith("<"):
             found[f"{Path(file).stem}.{function}"] += spent_s / whole_s
     told = {name: round(share, 4) for name, share in found.items() if share >= SHOWN_FROM}
     return dict(sorted(told.items(), key=lambda one: -one[1]))
