@@ -13,8 +13,10 @@ from rayrec.bundle import Bundle
 from rayrec.config import ServeConfig
 from rayrec.ranking.pipeline import Ranker
 from rayrec.ranking.requests import Request
+from rayrec.serving.editing import editor
 from rayrec.serving.scorer import load_scorer
 from rayrec.state import open_state
+from rayrec.state.protocol import ItemEdit
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,14 @@ def test_its_model_answers_from_every_source(bundles: Path, tmp_path: Path) -> N
     assert answer.candidates["cooccurrence"] > 100
     assert answer.candidates["new"] == 15
     state.close()
+
+
+def test_its_items_can_be_edited(bundles: Path) -> None:
+    bundle = Bundle.open(bundles)
+    assert bundle.catalogue.ids[1:].tolist() == [item_id(n) for n in range(3000)], "most popular first"
+    edit = ItemEdit(1, item_id(7), {"price": 9.5}, 0)
+    scorer, rows = editor(bundle)(load_scorer(bundle), [edit], {})
+    assert (rows.tolist(), scorer.catalogue.price[8]) == ([8], 9.5)
 
 
 def test_the_state_is_as_if_events_had_come_one_by_one(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from fastapi import FastAPI
 
 from rayrec.bundle import Bundle
 from rayrec.config import ServeConfig, with_settings
+from rayrec.serving.editing import editor
+from rayrec.serving.pictures import Pictures
 from rayrec.serving.scorer import load_scorer
 from rayrec.serving.web import create_app
 from rayrec.state import open_state
@@ -24,7 +26,8 @@ def application(bundle_path: str, state_url: str, settings: list[str]) -> FastAP
     torch.set_num_threads(1)
     bundle = Bundle.open(bundle_path)
     config = with_settings(ServeConfig(), settings)
-    return create_app(load_scorer(bundle), open_state(state_url), config, model=bundle.version)
+    scorer, state = load_scorer(bundle), open_state(state_url)
+    return create_app(scorer, state, config, model=bundle.version, image_of=Pictures(bundle), edit=editor(bundle))
 
 
 if __name__ == "__main__":

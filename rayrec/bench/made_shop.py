@@ -19,12 +19,13 @@ from scipy import sparse
 
 from rayrec.bundle import Bundle, BundleWriter, publish
 from rayrec.catalogue import Catalogue
-from rayrec.config import preset
+from rayrec.config import ImageConfig, PrepareConfig, preset
+from rayrec.data.items import CATALOGUE_SCHEMA, BuiltItems, build_items
 from rayrec.errors import StateError
 from rayrec.followers import Followers, Matrix
 from rayrec.history import Ints
 from rayrec.model.recommender import build
-from rayrec.schema import ACTION_CODE, ITEM_SCHEMA
+from rayrec.schema import ACTION_CODE
 from rayrec.state.sqlite import SqliteState
 
 SKEW = 3.0
@@ -51,7 +52,8 @@ def user_id(n: int) -> str:
 def make_bundle(bundles: Path, items: int, seed: int = 0) -> Bundle:
     """Write and publish the bundle of `items` items: preset small with the weights that it begins with."""
     rng = np.random.default_rng([seed, items])
-    catalogue = Catalogue.from_table(_item_table(items, rng))
+    built = _items(items, rng)
+    catalogue = Catalogue.from_table(built.table)
     followers = Followers(_follows(items, NEXT, rng), _follows(items, NEAR, rng))
     config = preset("small")
     torch.manual_seed(seed)
@@ -63,34 +65,29 @@ def make_bundle(bundles: Path, items: int, seed: int = 0) -> Bundle:
         writer.matrix("cooccurrence/next", followers.next)
         writer.matrix("cooccurrence/near", followers.near)
         pq.write_table(catalogue.table, writer.file("items/items.parquet"))
+        vocab = {**built.vocab, "encoder": built.encoder.to_dict(), "images": ImageConfig().model_dump(mode="json")}
+        for name, content in vocab.items():
+            writer.json(f"vocab/{name}.json", content)
         bundle = writer.commit(clock="time", items=items)
     publish(bundle)
     return bundle
 
 
-def _item_table(items: int, rng: np.random.Generator) -> pa.Table:
-    category, brand = rng.integers(CATEGORIES, size=items), rng.integers(BRANDS, size=items)
-    title_NK = rng.integers(1, WORDS, (items, 4))
-    price = np.round(rng.gamma(2, 20, items), 2)
+def _items(items: int, rng: np.random.Generator) -> BuiltItems:
+    """Encoded as prepare encodes them; the first have the most events, the last none."""
     n_train = np.ceil(1e5 * (1 + np.arange(items)) ** -0.8).astype(np.int64) + 5
     n_train[items - max(1, int(NEW_SHARE * items)) :] = 0
+    ids = [item_id(n) for n in range(items)]
     columns = {
-        "item_index": np.arange(1, items + 1),
-        "item_id": [item_id(n) for n in range(items)],
-        "title": [" ".join(f"word{word}" for word in words) for words in title_NK.tolist()],
-        "category": [f"category {n}" for n in category.tolist()],
-        "brand": [f"brand {n}" for n in brand.tolist()],
-        "price": price,
-        "in_catalogue": np.ones(items, bool),
-        "has_image": np.zeros(items, bool),
-        "category_codes": pa.array((category[:, None] + 1).tolist(), pa.list_(pa.int32())),
-        "brand_code": brand + 1,
-        "title_codes": pa.array(title_NK.tolist(), pa.list_(pa.int32())),
-        "price_scaled": (np.log1p(price) - np.log1p(price).mean()) / np.log1p(price).std(),
-        "price_bucket": 1 + np.argsort(np.argsort(price)) * 10 // items,
-        "n_train": n_train,
+        "item_id": ids,
+        "title": [" ".join(f"word{word}" for word in words) for words in rng.integers(WORDS, size=(items, 4)).tolist()],
+        "category": [f"category {n}" for n in rng.integers(CATEGORIES, size=items).tolist()],
+        "brand": [f"brand {n}" for n in rng.integers(BRANDS, size=items).tolist()],
+        "price": np.round(rng.gamma(2, 20, items), 2),
     }
-    return pa.table([columns[name] for name in ITEM_SCHEMA.names], names=ITEM_SCHEMA.names).cast(ITEM_SCHEMA)
+    cells = [columns.get(field.name, pa.nulls(items, field.type)) for field in CATALOGUE_SCHEMA]
+    catalogue = pa.table(cells, names=CATALOGUE_SCHEMA.names).cast(CATALOGUE_SCHEMA)
+    return build_items(catalogue, ids, n_train, set(), PrepareConfig())
 
 
 def _follows(items: int, drawn: int, rng: np.random.Generator) -> Matrix:
