@@ -203,6 +203,8 @@ def serve(
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve each version that is published, without a stop.")
     ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Speak TLS: a certificate, its chain below it (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The private key of --tls-cert (PEM).")] = None,
     config_: ConfigFile = None,
     set_: Set = None,
 ) -> None:
@@ -210,8 +212,9 @@ def serve(
     from rayrec.bundle import current_version, default_state
     from rayrec.cluster import require_absolute
     from rayrec.serving.app import run_server
+    from rayrec.serving.tls import Tls
 
-    require_absolute(bundle, state and state.removeprefix("sqlite:///"))
+    require_absolute(bundle, state and state.removeprefix("sqlite:///"), tls_cert, tls_key)
     if min_replicas and max_replicas and min_replicas > max_replicas:
         raise UsageError(f"--min-replicas {min_replicas} is more than --max-replicas {max_replicas}")
     given = {"min_replicas": min_replicas, "max_replicas": max_replicas}
@@ -220,7 +223,9 @@ def serve(
     config: ServeConfig = with_settings(from_file, [*options, *(set_ or [])])
     if watch and current_version(bundle) is None:
         raise UsageError(f"--watch follows a BUNDLES folder, and {bundle} is none")
-    run_server(bundle, state_url=state or default_state(bundle), config=config, host=host, port=port, watch=watch)
+    tls = Tls.opened(tls_cert, tls_key)
+    state_url = state or default_state(bundle)
+    run_server(bundle, state_url=state_url, config=config, host=host, port=port, tls=tls, watch=watch)
 
 
 @app.command()
@@ -400,6 +405,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     # Ray reads it when it is imported. It reports the end of Serve's controller, which is asked to end, as a failure.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"ServeController\.graceful_shutdown failed")
+    # As this: a Ray that we start is for this machine alone, and this has all of it listen there alone, on Linux too.
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     sys.unraisablehook = quiet_about_half_built
     sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
 

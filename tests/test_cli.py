@@ -65,6 +65,8 @@ def rayrec(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         ("evaluate DIR DIR --split all", "--split"),
         ("serve DIR/none", "DIR/none: no such bundle"),
         ("serve DIR --port 0", "--port"),
+        ("serve DIR --tls-cert DIR/none.pem", "--tls-cert needs --tls-key"),
+        ("serve DIR --tls-cert DIR/none.pem --tls-key DIR/none.key", "--tls-cert DIR/none.pem: no such file"),
         ("serve DIR --config DIR/none.yaml", "--config DIR/none.yaml: cannot be read"),
         ("load http://127.0.0.1:9 --seconds 1", "give --rate R or --clients C"),
         ("events export DIR/out", "--state"),

