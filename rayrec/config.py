@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -344,6 +344,10 @@ DEFAULT_SCENES: dict[str, SceneConfig] = {
 }
 
 
+LoggedRequests: TypeAlias = Literal["errors", "all", "none"]
+"""Errors are answers of 400 and above."""
+
+
 class ServeConfig(Settings):
     """Settings of `rayrec serve`."""
 
@@ -369,6 +373,8 @@ class ServeConfig(Settings):
     cors_origins: tuple[str, ...] = Field((), description="pages of these origins may call from a browser")
     image_prefixes: tuple[str, ...] = Field((), description="where pictures of items may be read from; each ends in /")
     audit_file: str = Field("", description="where each replica appends who read, joined or erased whom; needs no keys")
+    log_requests: LoggedRequests = Field("errors", description="of which answers a replica writes a line to its log")
+    log_visitors: bool = Field(False, description="with ids of visitors and items, queries and paths in the log")
     replicas_per_node: int = Field(0, ge=0, description="at most, so that a lost node is not the service; 0: any")
     replica_cpus: float = Field(1.0, gt=0, description="CPUs that a replica reserves on the cluster")
 

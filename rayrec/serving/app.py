@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import ssl
+import sys
 import tempfile
 import threading
 import time
@@ -34,6 +35,7 @@ from rayrec.serving import haproxy
 from rayrec.serving.guard import is_loopback
 from rayrec.serving.keys import KEYS, Keys, own_headers
 from rayrec.serving.live import ACTIVE_MODEL, Loaded
+from rayrec.serving.request_log import log_lines
 from rayrec.serving.tls import Tls
 from rayrec.state import absolute_url, open_state
 
@@ -214,6 +216,8 @@ class Replica:
         self._load_scorer = getattr(importlib.import_module(module), function)
         self._bundles = bundle_path.rstrip("/").rpartition("/")[0]
         self.state_url, self.config = state_url, ServeConfig.model_validate_json(config)
+        # Ray has put a writer into its own log in the place of stderr, which keeps a thousand lines to itself.
+        log_lines(sys.__stderr__ or sys.stderr, visitors=self.config.log_visitors)
         given = bundle_path.rstrip("/").rpartition("/")[2]
         state = open_state(state_url)
         self.version = state.setting(ACTIVE_MODEL) or given
@@ -252,6 +256,7 @@ class Replica:
             keys=self.keys,
             load=self.load,
             replica_id=serve.get_replica_context().replica_tag,
+            answers_id=False,  # Ray does
         )
 
 

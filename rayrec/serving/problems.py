@@ -62,7 +62,7 @@ def problem(
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of `app` a problem."""
+    """Make every error that `app` knows of a problem."""
 
     @app.exception_handler(ProblemError)
     async def _ours(request: Request, error: ProblemError) -> Response:
@@ -90,7 +90,3 @@ def install(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> Response:
         status = 422 if error.status_code == 400 else error.status_code  # 400: the body is not JSON
         return problem(status, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def _bug(request: Request, error: Exception) -> Response:
-        return problem(500, "an error of the server; it was logged")

@@ -37,6 +37,7 @@ from rayrec.serving.live import Cards, Edit, ImageOf, Live, Load, Loaded, Model
 from rayrec.serving.metrics import MEDIA_TYPE, Metrics
 from rayrec.serving.pictures import fetched
 from rayrec.serving.problems import ProblemError
+from rayrec.serving.request_log import NOTES, RequestLog
 from rayrec.state.protocol import Event, Outcome, Shown, State
 
 log = logging.getLogger(__name__)
@@ -246,12 +247,14 @@ def create_app(
     keys: Keys | None = None,
     load: Load | None = None,
     edit: Edit | None = None,
+    answers_id: bool = True,
 ) -> FastAPI:
     """The application of one replica. It owns `state` and closes it at the end of its life.
 
     model: the version that answers name. image_of: bytes and media type of an item's image, by item index.
     keys: who may call; None: whoever is on this machine, by a loopback name. load: reads another version, to swap to.
     edit: how a shop's edits of its items reach the model; None if they cannot.
+    answers_id: with a request's id, unless the server around does so.
     """
     config = config or ServeConfig()
     service = Service(
@@ -291,8 +294,17 @@ def create_app(
             CORSMiddleware,
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id"],
         )
+    app.add_middleware(
+        RequestLog,
+        which=config.log_requests,
+        visitors=config.log_visitors,
+        replica=service.replica_id,
+        model=lambda: service.live.model.version,
+        answers_id=answers_id,
+    )
 
     @app.exception_handler(OverCapacityError)
     async def _full(request: object, error: OverCapacityError) -> Response:
@@ -315,6 +327,7 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
     async def recommend(body: wire.RecommendRequest, request: Request) -> Response:
         """A personal list. An unknown visitor gets one too."""
         answer = await service.recommend(body, request.scope[CALLER])
+        request.scope[NOTES].update(_noted(body, answer, service.config.log_visitors))
         return Response(json.dumps(answer, ensure_ascii=False, allow_nan=False), media_type="application/json")
 
     @app.get("/v1/items/{item_id:path}/image", responses={200: {"content": {"image/*": {}}}})
@@ -448,6 +461,16 @@ PICTURE_BODY: dict[str, Any] = {
 }
 UserPath = Annotated[wire.Id, Path(description="id of a user")]
 PAGE_POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' data:"
+
+
+def _noted(sent: wire.RecommendRequest, answer: dict[str, Any], with_visitor: bool) -> dict[str, Any]:
+    """What the log tells of a list."""
+    told = {name: answer[name] for name in ("model", "served_by")}
+    told |= {"scene": sent.scene, "list_id": answer["request_id"]}
+    if with_visitor:
+        asked = sent.context.model_dump(exclude_defaults=True)
+        told |= {"user_id": sent.user_id, "session_id": sent.session_id, "context": asked}
+    return told
 
 
 def _plain(row: Event | Shown) -> dict[str, Any]:
