@@ -143,10 +143,13 @@ def test_bad_events_are_rejected_one_by_one(client: Client) -> None:
         None,
         event(timestamp=10**300),
         event(position=-1),
+        event(timestamp="1970-01-01T00:00:00Z"),
+        event(timestamp="2100-01-01"),
+        event("i" * 10_000),
     )
     reasons = {one["index"]: one["reason"] for one in answer["rejected"]}
     assert answer["accepted"] == 1
-    assert sorted(reasons) == list(range(1, 16))
+    assert sorted(reasons) == list(range(1, 19))
     for index, word in [
         (1, "unknown action 'levitate'"),
         (2, "user_id or a session_id"),
@@ -157,6 +160,8 @@ def test_bad_events_are_rejected_one_by_one(client: Client) -> None:
     assert "1995" in reasons[5]
     assert "ISO 8601" in reasons[6]
     assert "session_id" in reasons[7]
+    assert "1995" in reasons[16]
+    assert "future" in reasons[17]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +203,17 @@ def test_what_training_needs_is_kept(client: Client) -> None:
     assert held.items() >= more.items()
 
 
+@pytest.mark.parametrize("price", ["NaN", "Infinity", "-1e999"])
+def test_a_price_that_is_no_number_rejects_its_event_alone(client: Client, price: str) -> None:
+    good, bad = json.dumps(event()), json.dumps(event(price=0)).replace("0}", price + "}")
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/v1/events", content=f'{{"events": [{bad}, {good}]}}', headers=headers).json()
+    assert answer["accepted"] == 1
+    assert answer["rejected"] == [{"index": 0, "reason": "price: Input should be a finite number"}]
+    bound = client.post("/v1/recommend", content=f'{{"filters": {{"price": {{"min": {price}}}}}}}', headers=headers)
+    assert problem(bound, 422)["errors"][0]["pointer"] == "/filters/price/min"
+
+
 @pytest.mark.parametrize("n", [0, 1001])
 def test_1_to_1000_events(client: Client, n: int) -> None:
     problem(client.post("/v1/events", {"events": [event()] * n}), 422)
@@ -214,7 +230,7 @@ def test_unknown_visitors_get_a_list(client: Client, who: dict[str, str]) -> Non
     assert ids(ask(client, k=3, **who)) == ["blue-0", "green-0", "red-0"]
 
 
-@pytest.mark.parametrize("k", [0, 201, -3, 1.5, "10", True])
+@pytest.mark.parametrize("k", [0, 201, 10_000, -3, 1.5, "10", True])
 def test_k_is_1_to_200(client: Client, k: Any) -> None:
     body = problem(client.post("/v1/recommend", {"user_id": "u", "k": k}), 422)
     assert body["errors"][0]["pointer"] == "/k"
@@ -295,6 +311,9 @@ def test_a_failing_model_shows_in_served_by(client: Client, scorer: FakeScorer) 
         {"filters": {"colour": "red"}},
         {"context": "red-0"},
         {"store": "perhaps"},
+        {"store": 0},
+        {"diversity": True},
+        {"filters": {"price": {"min": True}}},
         [],
         "text",
         None,
@@ -324,6 +343,12 @@ def test_bodies_over_the_limit_are_413(client: Client) -> None:
     headers = {"Content-Type": "application/json"}
     problem(client.post("/v1/recommend", content=large, headers=headers), 413)
     problem(client.post("/v1/recommend", content=chunks(), headers=headers), 413)
+
+
+@pytest.mark.parametrize("size", [10_000_000, 100_000_000])
+def test_what_is_announced_too_large_is_refused_unread(client: Client, size: int) -> None:
+    headers = {"Content-Type": "application/json", "Content-Length": str(size)}
+    problem(client.post("/v1/events", content=b"{", headers=headers), 413)
 
 
 def test_chunked_bodies_within_the_limit_are_read(client: Client) -> None:
@@ -360,12 +385,23 @@ def test_a_session_joins_its_user(client: Client) -> None:
     assert client.get("/v1/users/u").json()["sessions"] == ["s"]
 
 
-@pytest.mark.parametrize("user_id", ["a/b", "../../etc/passwd", "ü %", "'; DROP TABLE events; --"])
+@pytest.mark.parametrize("user_id", ["a/b", "../../etc/passwd", "ü %", "'; DROP TABLE events; --", "*", "events:x"])
 def test_odd_ids_are_just_ids(client: Client, user_id: str) -> None:
     store(client, event() | {"user_id": user_id})
     path = "/v1/users/" + quote(user_id, safe="")
     assert len(client.get(path).json()["events"]) == 1
     assert client.request("DELETE", path).json()["deleted"]["events"] == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/users/", "/v1/items/"])
+@pytest.mark.parametrize("odd", ["x" * 10_000, "", "a%0Ab", "%00"])
+def test_ids_that_cannot_be_are_told(client: Client, path: str, odd: str) -> None:
+    assert problem(client.get(path + odd), 422)["errors"][0]["pointer"].endswith("_id")
+
+
+def test_broken_utf_8_in_a_path_is_no_error_of_the_server(client: Client) -> None:
+    assert client.get("/v1/users/%FF%FE").status_code in (200, 422)
+    problem(client.get("/v1/items/%FF%FE"), 404)
 
 
 # ---------------------------------------------------------------- items, service
@@ -515,9 +551,24 @@ def test_openapi_names_every_route_and_type(client: Client) -> None:
     assert client.get("/docs").status_code == 200
 
 
-def test_unknown_routes_and_methods_are_problems(client: Client) -> None:
+def test_unknown_routes_are_problems(client: Client) -> None:
     problem(client.get("/nothing/here"), 404)
-    problem(client.request("PATCH", "/v1/recommend"), 405)
+
+
+def test_methods_that_a_path_does_not_have_are_refused_with_those_it_has(client: Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in paths:
+        url = re.sub(r"{\w+}", "x", path)
+        has = {
+            method.upper()
+            for template, methods in paths.items()
+            if re.fullmatch(re.sub(r"{\w+}", ".+", template), url)
+            for method in methods
+        }
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - has:
+            refused = client.request(method, url)
+            problem(refused, 405)
+            assert set(refused.headers["allow"].split(", ")) == has, (method, url)
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "192.168.0.9:8000", "", "[::1"])

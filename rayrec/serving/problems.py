@@ -13,9 +13,11 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from rayrec.errors import StateError, UsageError
 from rayrec.ranking.requests import UnknownItemError
+from rayrec.serving.wire import Problem
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +52,9 @@ def problem(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The response for one problem. `errors` names single fields: {"pointer", "detail"}."""
-    slug = TITLES.get(status, "error")
     body = {
-        "type": f"urn:rayrec:problem:{slug}",
-        "title": slug.replace("-", " ").capitalize(),
+        "type": f"urn:rayrec:problem:{TITLES.get(status, 'error')}",
+        "title": _title(status),
         "status": status,
         "detail": detail,
         "errors": list(errors),
@@ -61,8 +62,27 @@ def problem(
     return Response(json.dumps(body), status, headers, MEDIA_TYPE)
 
 
+def _title(status: int) -> str:
+    return TITLES.get(status, "error").replace("-", " ").capitalize()
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI document of an app with `install` says of these statuses."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": _title(status), "content": content} for status in statuses}
+
+
 def install(app: FastAPI) -> None:
-    """Make every error that `app` knows of a problem."""
+    """Make every error that `app` knows of a problem, and have its OpenAPI document tell what that is."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        # A `model` of FastAPI's own would promise each problem as application/json as well.
+        document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.exception_handler(ProblemError)
     async def _ours(request: Request, error: ProblemError) -> Response:
@@ -89,4 +109,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         status = 422 if error.status_code == 400 else error.status_code  # 400: the body is not JSON
-        return problem(status, str(error.detail), headers=error.headers)
+        headers = {"Allow": _allowed(app, request)} if status == 405 else error.headers
+        return problem(status, str(error.detail), headers=headers)
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """The methods of a path. Starlette tells those of the first route that fits, and a path may have several."""
+    fitting = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in fitting for method in getattr(route, "methods", None) or ()}))

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from rayrec import __version__
 from rayrec.config import ImageConfig, ServeConfig
@@ -278,7 +279,7 @@ def create_app(
         version=__version__,
         summary="Events in, personal lists out.",
         lifespan=lifespan,
-        responses={422: {"model": wire.Problem, "content": {problems.MEDIA_TYPE: {}}}},
+        responses=problems.responses(401, 403, 413, 422, 429, 503),
     )
     problems.install(app)
     app.add_middleware(
@@ -310,6 +311,7 @@ def create_app(
     async def _full(request: object, error: OverCapacityError) -> Response:
         return problems.problem(429, "over capacity; try again", headers={"Retry-After": "1"})
 
+    register_url_convertor("id", _IdConvertor())
     _add_main_routes(app, service)
     _add_people_routes(app, service, keys)
     _add_service_routes(app, service)
@@ -323,14 +325,16 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
         answer = await service.store(body, request.scope[CALLER])
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    @app.post("/v1/recommend", response_model=wire.RecommendAnswer)
+    @app.post("/v1/recommend", response_model=wire.RecommendAnswer, responses=problems.responses(404))
     async def recommend(body: wire.RecommendRequest, request: Request) -> Response:
         """A personal list. An unknown visitor gets one too."""
         answer = await service.recommend(body, request.scope[CALLER])
         request.scope[NOTES].update(_noted(body, answer, service.config.log_visitors))
         return Response(json.dumps(answer, ensure_ascii=False, allow_nan=False), media_type="application/json")
 
-    @app.get("/v1/items/{item_id:path}/image", responses={200: {"content": {"image/*": {}}}})
+    picture = {200: {"content": {"image/*": {}}}, **problems.responses(404)}
+
+    @app.get("/v1/items/{item_id:id}/image", response_class=Response, responses=picture)
     async def image(item_id: ItemPath) -> Response:
         """The picture of an item."""
         found = await service.picture(item_id)
@@ -338,7 +342,7 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
             raise ProblemError(404, "there is no picture of this item")
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "max-age=3600"})
 
-    @app.get("/v1/items/{item_id:path}", response_model=wire.ItemDetail)
+    @app.get("/v1/items/{item_id:id}", response_model=wire.ItemDetail, responses=problems.responses(404))
     async def item(item_id: ItemPath) -> Response:
         """What the catalogue says of an item."""
         model = service.live.model
@@ -347,18 +351,18 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
             raise ProblemError(404, f"there is no item '{item_id}'")
         return JSONResponse(model.cards.of(item_id) | {"in_stock": bool(model.catalogue.in_stock[row])})
 
-    @app.put("/v1/items/{item_id:path}/image", openapi_extra=PICTURE_BODY)
+    @app.put("/v1/items/{item_id:id}/image", openapi_extra=PICTURE_BODY)
     async def put_image(item_id: ItemPath, request: Request) -> wire.ItemAnswer:
         """Give an item a picture: its bytes are the body."""
         return await service.put_item(item_id, {}, await request.body())
 
-    @app.put("/v1/items/{item_id:path}")
+    @app.put("/v1/items/{item_id:id}")
     async def put_item(item_id: ItemPath, body: wire.ItemRequest) -> wire.ItemAnswer:
         """Say something of an item, new or known, that all replicas go by within a second: price, stock, picture."""
         data = await asyncio.to_thread(fetched, body.image, service.config.image_prefixes) if body.image else None
         return await service.put_item(item_id, body.facts(), data)
 
-    @app.delete("/v1/items/{item_id:path}")
+    @app.delete("/v1/items/{item_id:id}")
     async def delete_item(item_id: ItemPath) -> wire.ItemAnswer:
         """Never show an item again, until it is put again; what visitors did with it stays."""
         if not service.lists_item(item_id):
@@ -379,7 +383,7 @@ def _add_people_routes(app: FastAPI, service: Service, keys: Keys | None) -> Non
         session = session or new_session()
         return wire.VisitorAnswer(session_id=session, token=keys.token(session) if keys else None, expires_s=TOKEN_S)
 
-    @app.get("/v1/users/{user_id:path}")
+    @app.get("/v1/users/{user_id:id}")
     async def user(user_id: UserPath, request: Request) -> wire.UserAnswer:
         """Everything held about a visitor (`session:ID` for an anonymous one)."""
         await note(request, "read", user_id)
@@ -391,7 +395,7 @@ def _add_people_routes(app: FastAPI, service: Service, keys: Keys | None) -> Non
             sessions=held.sessions,
         )
 
-    @app.delete("/v1/users/{user_id:path}")
+    @app.delete("/v1/users/{user_id:id}")
     async def erase(user_id: UserPath, request: Request) -> wire.EraseAnswer:
         """Delete everything held about a visitor, for good."""
         await note(request, "erase", user_id)
@@ -406,7 +410,7 @@ def _add_people_routes(app: FastAPI, service: Service, keys: Keys | None) -> Non
             },
         )
 
-    @app.post("/v1/users/{user_id:path}:join")
+    @app.post("/v1/users/{user_id:id}:join")
     async def join(user_id: UserPath, body: wire.JoinRequest, request: Request) -> wire.JoinAnswer:
         """Give a session's past and future events to a user who has logged in."""
         await note(request, "join", user_id)
@@ -422,7 +426,7 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
         """Model, replicas, catalogue, counters."""
         return await service.status()
 
-    @app.post("/v1/models/{version}:activate")
+    @app.post("/v1/models/{version}:activate", responses=problems.responses(404, 409))
     async def activate(version: wire.Version) -> wire.ActivateAnswer:
         """Serve another version, in all replicas, without losing a request; a broken one is refused."""
         try:
@@ -455,11 +459,17 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
-ItemPath = Annotated[wire.Id, Path(description="id of an item")]
+class _IdConvertor(StringConvertor):
+    """`{item_id:id}`: anything, slashes too. `:path` ends at a line break, and would answer such an id with 404."""
+
+    regex = r"[\s\S]*"
+
+
+ItemPath = Annotated[wire.TextId, Path(description="id of an item")]
 PICTURE_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
 }
-UserPath = Annotated[wire.Id, Path(description="id of a user")]
+UserPath = Annotated[wire.TextId, Path(description="id of a user")]
 PAGE_POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' data:"
 
 

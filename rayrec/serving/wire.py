@@ -20,6 +20,7 @@ from pydantic import (
     SkipValidation,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -47,8 +48,12 @@ def _printable(value: str) -> str:
     return value
 
 
+_TEXT: Final = {"type": "string", "minLength": 1, "maxLength": 256}
+TextId = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
 Id = Annotated[
-    str, BeforeValidator(_number_as_id), StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)
+    TextId,
+    BeforeValidator(_number_as_id),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "integer"}]}, mode="validation"),
 ]
 
 
@@ -60,8 +65,9 @@ def _no_session(value: str) -> str:
 
 UserId = Annotated[Id, AfterValidator(_no_session)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class Wire(BaseModel):
@@ -167,17 +173,21 @@ class Context(Wire):
     query: str | None = Field(None, max_length=512, description="for scenes that search")
 
 
+Bound = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+
 class Price(Wire):
     """A range of prices, both ends included."""
 
-    min: Number | None = None
-    max: Number | None = None
+    min: Bound | None = None
+    max: Bound | None = None
 
 
 OneOrMore = Annotated[
     tuple[Name, ...],
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
     Field(max_length=100),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 100}]}, mode="validation"),
 ]
 
 
@@ -200,11 +210,11 @@ class RecommendRequest(Wire):
     k: int = Field(10, ge=1, le=MAX_K, strict=True)
     context: Context = Context()
     events: tuple[ItemEvent, ...] = Field((), max_length=MAX_EVENTS, description="used for this answer, not stored")
-    store: bool = Field(True, description="false: nothing of this request is kept")
+    store: Flag = Field(True, description="false: nothing of this request is kept")
     filters: FiltersIn = FiltersIn()
     diversity: Share | None = None
     explore: Share | None = None
-    reasons: bool = False
+    reasons: Flag = False
 
 
 class ItemRequest(Wire):
