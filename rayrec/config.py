@@ -266,6 +266,16 @@ class AutoscaleConfig(Settings):
     target_ongoing_requests: float = Field(8, gt=0)
     upscale_delay_s: float = Field(2, ge=0)
     downscale_delay_s: float = Field(30, ge=0)
+    policy: str = Field("", description="module:Class that decides in place of target_ongoing_requests")
+    policy_options: dict[str, Any] = Field({}, description="what the class is made of")
+
+    @model_validator(mode="after")
+    def _policy_is_named(self) -> AutoscaleConfig:
+        if self.policy and not re.fullmatch(r"[\w.]+:\w+", self.policy):
+            raise ValueError(f"policy '{self.policy}': write it as module:Class")
+        if self.policy_options and not self.policy:
+            raise ValueError("policy_options names no policy: set policy too")
+        return self
 
 
 class ItemsConfig(Settings):

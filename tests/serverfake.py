@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rayrec.config import ServeConfig, with_settings
@@ -14,7 +15,7 @@ if __name__ == "__main__":
         state_url=state_url,
         config=with_settings(ServeConfig(), settings),
         port=int(port),
-        loader="shopfake:load_fake",
+        loader=os.environ.get("RAYREC_TEST_LOADER", "shopfake:load_fake"),
         watch=True,
         on_ready=lambda url: print(f"ready {url}", flush=True),
     )

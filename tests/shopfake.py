@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -89,3 +92,17 @@ class FakeScorer:
 def load_fake(bundle: object = None) -> FakeScorer:
     """The shape of `rayrec.serving.scorer.load_scorer`, for servers started by tests."""
     return FakeScorer()
+
+
+class SlowScorer(FakeScorer):
+    """Takes a second a batch, in the process whose id stands in the file that RAYREC_TEST_SLOW names."""
+
+    def user_vectors(self, history: HistoryBatch) -> np.ndarray:
+        told = Path(os.environ["RAYREC_TEST_SLOW"])
+        if told.is_file() and told.read_text() == str(os.getpid()):
+            time.sleep(1)
+        return super().user_vectors(history)
+
+
+def load_slow(bundle: object = None) -> SlowScorer:
+    return SlowScorer()

@@ -89,9 +89,9 @@ class Terminal:
         )
         return Ran(done.returncode, done.stdout, done.stderr)
 
-    def start(self, *arguments: object) -> Running:
-        """Start a command in a session of its own and come back at once."""
-        return Running(self, *arguments)
+    def start(self, *arguments: object, program: tuple[str, ...] = ("-m", "rayrec")) -> Running:
+        """Start a command, or another program of Python's, in a session of its own and come back at once."""
+        return Running(self, *program, *arguments)
 
     def processes(self) -> list[psutil.Process]:
         """All that carry this terminal's mark in their environment: children of children too, whoever adopted them."""
@@ -131,7 +131,7 @@ class Running:
         self.log = terminal.folder / f"log-{uuid.uuid4().hex[:6]}"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rayrec", *map(str, arguments)],
+                [sys.executable, *map(str, arguments)],
                 env=terminal.env,
                 stdout=log,
                 stderr=subprocess.STDOUT,

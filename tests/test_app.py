@@ -214,6 +214,17 @@ def test_sigterm_stops_it_and_leaves_nothing_behind(server: Server) -> None:
     state.close()
 
 
+@pytest.mark.ray
+def test_a_policy_of_the_shops_own_is_asked(cluster: None, bundle: Path, tmp_path: Path) -> None:
+    settings = ("policy=test_scaling:Always", "policy_options={replicas: 2}", "max_replicas=2", "upscale_delay_s=0")
+    server = Server(bundle, tmp_path, "replica_cpus=0.5", *(f"autoscale.{setting}" for setting in settings))
+    deadline = time.monotonic() + 60
+    while httpx.get(server.url + "/v1/status", timeout=10).json()["replicas"] < 2:  # nobody loads it
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert server.stop() == 0
+
+
 # ---------------------------------------------------------------- what is refused, before Ray is asked
 
 
@@ -258,6 +269,12 @@ def test_a_missing_or_changed_bundle_and_a_bad_state_are_told(tmp_path: Path) ->
         pass
     (bundle / "config.json").write_text("{ }")
     with pytest.raises(BundleError, match="changed"), served_with(bundle, tmp_path):
+        pass
+
+
+def test_a_policy_that_is_not_there_is_told(bundle: Path, tmp_path: Path) -> None:
+    config = ServeConfig(autoscale=AutoscaleConfig(policy="no.such:Policy"))
+    with pytest.raises(UsageError, match="No module named 'no'"), served_with(bundle, tmp_path, config=config):
         pass
 
 

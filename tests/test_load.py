@@ -26,7 +26,7 @@ class Server:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.before: Callable[[int], Awaitable[int]] = self._at_once
-        self.replicas = 1
+        self.replicas, self.served_by = 1, "model"
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -52,7 +52,7 @@ class Server:
             return web.json_response({"items": [{"item_id": a, "title": b} for a, b in ITEMS]})
         self.calls.append((request.path, body))
         status = await self.before(len(self.calls))
-        return web.json_response({"items": []}, status=status)
+        return web.json_response({"items": [], "served_by": self.served_by}, status=status)
 
     async def _status(self, request: web.Request) -> web.Response:
         return web.json_response({"replicas": self.replicas})
@@ -129,6 +129,16 @@ def test_a_refusal_is_not_sent_again(server: Server) -> None:
     server.before = refuse
     figures = run(server.url, seconds=0.5, clients=1, retry=True)
     assert (figures["retried"], figures["failed"]) == (0, figures["requests"])
+
+
+def test_lists_are_counted_by_what_served_them(server: Server) -> None:
+    async def worse(n: int) -> int:
+        server.served_by = "popular" if n > 3 else "model"
+        return 503 if n > 5 else 200
+
+    server.before = worse
+    figures = run(server.url, seconds=0.5, clients=1, mix="home=1")
+    assert figures["served_by"] == {"model": 3, "popular": 2}
 
 
 def test_replicas_are_watched(server: Server) -> None:

@@ -1,14 +1,16 @@
 """`rayrec load`: shoppers against a running service, by an honest clock.
 
-In: a URL, a rate or a number of clients, seconds. Out: how many requests failed, latencies, replicas over time. At a
-rate (open loop) shoppers come whether or not the service keeps up, and a latency counts from when a request was due,
-not from when it could be sent: a stall is felt by all who came meanwhile ("coordinated omission", Tene 2013). With
-clients (closed loop) each waits for its answer before it asks again, which flatters a slow service.
+In: a URL, a rate or a number of clients, seconds. Out: how many requests failed, latencies, what served the lists,
+replicas over time. At a rate (open loop) shoppers come whether or not the service keeps up, and a latency counts from
+when a request was due, not from when it could be sent: a stall is felt by all who came meanwhile ("coordinated
+omission", Tene 2013). With clients (closed loop) each waits for its answer before it asks again, which flatters a slow
+service.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 import uuid
@@ -74,6 +76,7 @@ class Record:
     took_s: list[float] = field(default_factory=list)
     status: list[str] = field(default_factory=list)
     replicas: list[tuple[int, int]] = field(default_factory=list)
+    served_by: Counter[str] = field(default_factory=Counter)
     retried: int = 0
 
     def add(self, due_s: float, sent_s: float, done_s: float, status: str) -> None:
@@ -94,6 +97,7 @@ class Record:
             "status": dict(sorted(Counter(self.status).items())),
             "rate": round(float(good.sum()) / max(seconds, 1e-9), 1),
             "ms": {name: _at(took_ms, share) for name, share in PERCENTILES.items()},
+            "served_by": dict(sorted(self.served_by.items())),
             "replicas": [list(one) for one in self.replicas],
             "retried": self.retried,
             "late_ms": {name: _at(late_ms, share) for name, share in PERCENTILES.items()},
@@ -229,10 +233,17 @@ class Load:
         path, body = call
         try:
             async with self._http.post(self.url + path, json=body) as answer:
-                await answer.read()
-                return str(answer.status)
+                content = await answer.read()
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
             return NO_ANSWER
+        if answer.status == 200:
+            self.heard(call, json.loads(content))
+        return str(answer.status)
+
+    def heard(self, call: Call, answer: dict[str, Any]) -> None:
+        """Note what a good answer says."""
+        if "served_by" in answer:
+            self.record.served_by[answer["served_by"]] += 1
 
     async def _watch(self, task: Task) -> None:
         """Count replicas each second, until it is cancelled."""

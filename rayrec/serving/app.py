@@ -36,6 +36,7 @@ from rayrec.serving.guard import is_loopback
 from rayrec.serving.keys import KEYS, Keys, own_headers
 from rayrec.serving.live import ACTIVE_MODEL, Loaded
 from rayrec.serving.request_log import log_lines
+from rayrec.serving.scaling import serve_policy
 from rayrec.serving.tls import Tls
 from rayrec.state import absolute_url, open_state
 
@@ -66,6 +67,7 @@ def served(
     port in use or a cluster that is too small.
     """
     url = checked_address(host, port, tls)
+    serve_policy(config.autoscale)  # what is wrong with it is told before Ray starts
     bundle = Bundle.open(bundle_path)
     bundle_path = bundle.uri or str(bundle.path)  # one version for all replicas, whatever is published meanwhile
     state_url = absolute_url(state_url)
@@ -157,7 +159,7 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
     """The Ray Serve application, as `serve.run` takes it."""
     from ray import serve  # reads its settings when imported, so not before they are made
 
-    scale = config.autoscale
+    scale, policy = config.autoscale, serve_policy(config.autoscale)
     deployment = serve.deployment(
         name="replica",
         autoscaling_config={
@@ -166,6 +168,7 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
             "target_ongoing_requests": scale.target_ongoing_requests,
             "upscale_delay_s": scale.upscale_delay_s,
             "downscale_delay_s": scale.downscale_delay_s,
+            **({"policy": policy} if policy else {}),
         },
         # Above what the application lets wait: it is the one to refuse, with a problem.
         max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests,
@@ -272,16 +275,18 @@ def _listen_on_this_node_only() -> None:
 
 def proxy_settings(folder: Path, tls: Tls | None = None) -> dict[str, str]:
     """Ray Serve's settings, as environment variables: HAProxy with all its files in `folder`, the short path through
-    a replica, patience with a busy machine, and no long wait for connections to drain at the end.
+    a replica, patience with a busy machine, and no long wait for connections to drain at the end. A proxy that died is
+    noticed after three seconds, not thirty.
 
     Raises ResourceError if there is no HAProxy.
     """
     return {
         HAPROXY_BINARY: str(haproxy.install(folder, _haproxy_binary(), (tls.certificate, tls.key) if tls else None)),
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),

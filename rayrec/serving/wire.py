@@ -70,13 +70,21 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
+def _tell_of_null(schema: dict[str, Any]) -> None:
+    """Have the JSON schema of a `Wire` say that null may stand for each field that need not be there."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            told = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {**told, "anyOf": [field, {"type": "null"}]}
+
+
 class Wire(BaseModel):
     """A request or a part of one; unknown fields are an error, so that a misspelt one is not lost.
 
     null stands for a field that is not there: many clients write out what they leave open.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_tell_of_null)
 
     @model_validator(mode="before")
     @classmethod
