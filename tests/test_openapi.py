@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -31,11 +32,12 @@ JUDGED_ONE_BY_ONE = "/v1/events"
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[schemathesis.BaseSchema]:
-    """The API of an application with a picture, and the application to ask."""
+    """The API of an application with a picture, which takes edits, and the application to ask."""
     state = open_state(f"sqlite:///{tmp_path_factory.mktemp('openapi')}/state.db")
     app = create_app(
         *(FakeScorer(), state),
         image_of=lambda index: (b"\xff\xd8picture", "image/jpeg") if index == 1 else None,
+        edit=lambda scorer, edits, pictures: (scorer, np.empty(0, np.int64)),
     )
     document = schemathesis.openapi.from_dict(app.openapi(), config=SchemathesisConfig())
     document.app = app

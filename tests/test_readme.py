@@ -108,7 +108,8 @@ def test_each_setting_exists() -> None:
 # ---------------------------------------------------------------- the API
 
 ROUTES = {
-    "POST /v1/events", "POST /v1/recommend", "GET /v1/items/{}", "GET /v1/items/{}/image", "GET /v1/users/{}",
+    "POST /v1/events", "POST /v1/recommend", "GET /v1/items/{}", "GET /v1/items/{}/image", "PUT /v1/items/{}",
+    "DELETE /v1/items/{}", "POST /v1/models/{}:activate", "POST /v1/visitors", "GET /v1/users/{}",
     "DELETE /v1/users/{}", "POST /v1/users/{}:join", "GET /v1/status", "GET /healthz", "GET /readyz", "GET /metrics",
     "GET /",
 }  # fmt: skip
@@ -135,13 +136,17 @@ def test_every_route_of_the_contract_is_served(routes: set[str]) -> None:
 def test_each_curl_line_calls_a_route_with_a_valid_body(routes: set[str]) -> None:
     calls = lines_of("curl")
     assert len(calls) >= 2
-    models = {"/v1/events": wire.EventsRequest, "/v1/recommend": wire.RecommendRequest}
+    models = {
+        "/v1/events": wire.EventsRequest, "/v1/recommend": wire.RecommendRequest, "/v1/items/{}": wire.ItemRequest
+    }  # fmt: skip
     for words in calls:
         (path,) = [match[1] for word in words if (match := re.fullmatch(r"(?:http://)?localhost:8000(/\S*)", word))]
+        route = re.sub(r"(?<=/v1/items/)[\w-]+", "{}", path)
         body = json.loads(words[words.index("-d") + 1]) if "-d" in words else None
-        assert f"{'POST' if body else 'GET'} {path}" in routes
+        method = words[words.index("-X") + 1] if "-X" in words else "POST" if body else "GET"
+        assert f"{method} {route}" in routes
         if body:
-            models[path].model_validate(body)
+            models[route].model_validate(body)
 
 
 # ---------------------------------------------------------------- installing and testing

@@ -351,18 +351,18 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
             raise ProblemError(404, f"there is no item '{item_id}'")
         return JSONResponse(model.cards.of(item_id) | {"in_stock": bool(model.catalogue.in_stock[row])})
 
-    @app.put("/v1/items/{item_id:id}/image", openapi_extra=PICTURE_BODY)
+    @app.put("/v1/items/{item_id:id}/image", openapi_extra=PICTURE_BODY, responses=problems.responses(409))
     async def put_image(item_id: ItemPath, request: Request) -> wire.ItemAnswer:
         """Give an item a picture: its bytes are the body."""
         return await service.put_item(item_id, {}, await request.body())
 
-    @app.put("/v1/items/{item_id:id}")
+    @app.put("/v1/items/{item_id:id}", responses=problems.responses(409))
     async def put_item(item_id: ItemPath, body: wire.ItemRequest) -> wire.ItemAnswer:
         """Say something of an item, new or known, that all replicas go by within a second: price, stock, picture."""
         data = await asyncio.to_thread(fetched, body.image, service.config.image_prefixes) if body.image else None
         return await service.put_item(item_id, body.facts(), data)
 
-    @app.delete("/v1/items/{item_id:id}")
+    @app.delete("/v1/items/{item_id:id}", responses=problems.responses(404, 409))
     async def delete_item(item_id: ItemPath) -> wire.ItemAnswer:
         """Never show an item again, until it is put again; what visitors did with it stays."""
         if not service.lists_item(item_id):
