@@ -20,6 +20,7 @@ import ray
 from rayrec.bundle import Bundle, BundleWriter, publish
 from rayrec.config import AutoscaleConfig, ServeConfig
 from rayrec.errors import BundleError, ResourceError, UsageError
+from rayrec.serving import app
 from rayrec.serving.app import served
 from rayrec.state import open_state
 
@@ -283,3 +284,13 @@ def test_more_replicas_than_the_cluster_can_hold_are_refused(cluster: None, bund
     config = ServeConfig(autoscale=AutoscaleConfig(min_replicas=50, max_replicas=50))
     with pytest.raises(ResourceError, match="50 replicas need 50 CPUs"), served_with(bundle, tmp_path, config=config):
         pass
+
+
+def test_the_ports_of_replicas_are_of_this_service_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy whose replica died would reach the replica of another service at the same port."""
+    drawn = iter((21_000, 21_200))
+    monkeypatch.setattr(app.random, "randrange", lambda *bounds: next(drawn))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 21_007))
+        other.listen()
+        assert app._free_ports() == range(21_200, 21_400)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -47,6 +48,8 @@ LOADER: Final = "rayrec.serving.scorer:load_scorer"
 HAPROXY_BINARY: Final = "RAY_SERVE_HAPROXY_BINARY_PATH"
 READY_WITHIN_S: Final = 120.0
 WATCH_EVERY_S: Final = 1.0
+PORTS: Final = 200
+"""For replicas of one service on a node, at most."""
 
 
 @contextmanager
@@ -281,8 +284,11 @@ def proxy_settings(folder: Path, tls: Tls | None = None) -> dict[str, str]:
 
     Raises ResourceError if there is no HAProxy.
     """
+    ports = _free_ports()
     return {
         "RAY_worker_niceness": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports[-1]),
         HAPROXY_BINARY: str(haproxy.install(folder, _haproxy_binary(), (tls.certificate, tls.key) if tls else None)),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -295,6 +301,28 @@ def proxy_settings(folder: Path, tls: Tls | None = None) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
     }
+
+
+def _free_ports() -> range:
+    """Ports for replicas, of which none is in use.
+
+    All services begin at 30000 by default, and a proxy whose replica died would reach one of another service.
+    """
+    while True:
+        first = random.randrange(20_000, 32_000, PORTS)  # below those that clients are given
+        ports = range(first, first + PORTS)
+        if all(map(_is_free, ports)):
+            return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _haproxy_binary() -> str:
