@@ -235,6 +235,8 @@ def test_texts_can_be_taken_back(client: Client) -> None:
     [
         ({"price": -1}, "price"),
         ({"price": "nan"}, "price"),
+        ({"price": True}, "price"),
+        ({"in_stock": "no"}, "in_stock"),
         ({"titel": "x"}, "titel"),
         ({"image": "data:image/png;base64,###"}, "not base64"),
         ({"image": "data:image/png;base64,aGVsbG8="}, "not_an_image"),
@@ -301,5 +303,6 @@ def test_without_the_network_that_reads_pictures_the_rest_is_applied(
 
 def test_a_model_given_alone_takes_no_edits(bundle: Bundle, tmp_path: Path) -> None:
     alone = Client(create_app(load_scorer(bundle), open_state(f"sqlite:///{tmp_path}/alone.db")))
-    assert alone.request("PUT", "/v1/items/red-4", json={"price": 2}).status_code == 409
+    refused = alone.request("PUT", "/v1/items/red-4", json={"price": 2})
+    assert (refused.status_code, refused.json()["title"]) == (409, "Conflict")
     alone.close()

@@ -28,6 +28,7 @@ TITLES = {
     403: "forbidden",
     404: "not-found",
     405: "method-not-allowed",
+    409: "conflict",
     413: "body-too-large",
     422: "invalid",
     429: "over-capacity",

@@ -234,8 +234,8 @@ class ItemRequest(Wire):
     title: Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000), AfterValidator(_printable)] = ""
     category: Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000), AfterValidator(_printable)] = ""
     brand: Annotated[str, StringConstraints(strip_whitespace=True, max_length=256), AfterValidator(_printable)] = ""
-    price: Annotated[float, Field(gt=0, lt=1e30, allow_inf_nan=False)] = 1.0
-    in_stock: bool = True
+    price: Annotated[float, Field(gt=0, lt=1e30, allow_inf_nan=False, strict=True)] = 1.0
+    in_stock: Flag = True
     image: str = ""
 
     def facts(self) -> dict[str, Any]:
