@@ -1,8 +1,9 @@
-"""`rayrec serve` as a user runs it, on a Ray of its own: who can reach it, and that it speaks TLS and nothing else."""
+"""`rayrec serve` as a user runs it, on a Ray of its own: who can reach it, its TLS, its log."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import shutil
 import ssl
@@ -85,3 +86,25 @@ def test_plain_http_is_not_answered(served: Served) -> None:
 
 def test_a_redirect_stays_with_tls(served: Served) -> None:
     assert served.get("/v1/status/").headers["location"].startswith("https://localhost")
+
+
+def test_the_line_of_a_request_is_in_rays_logs_with_the_id_that_was_answered(served: Served) -> None:
+    for sent in ({}, {"X-Request-Id": "mine_1"}, {"X-Request-Id": "not sane"}):
+        answer = served.get("/v1/items/nothing", headers=sent)
+        (request_id,) = answer.headers.get_list("x-request-id")
+        assert request_id != "not sane"
+        served.running.wait_until(lambda sent=request_id: lines_with(sent, served.terminal.folder) != [], within_s=20)
+        assert lines_with(request_id, served.terminal.folder) == ["/v1/items/{item_id}"]
+
+
+def lines_with(request_id: str, folder: Path) -> list[str]:
+    """Routes of the JSON lines with this id, in all of Ray's logs: once, or Ray has doubled or swallowed them."""
+    said = [
+        line for log in (folder / "ray" / "session_latest" / "logs").rglob("*.*") if log.is_file() for line in read(log)
+    ]
+    found = [json.loads(line[line.index("{") :]) for line in said if f'"request_id": "{request_id}"' in line]
+    return [line["route"] for line in found]
+
+
+def read(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()
