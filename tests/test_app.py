@@ -290,7 +290,13 @@ def test_the_ports_of_replicas_are_of_this_service_alone(monkeypatch: pytest.Mon
     """A proxy whose replica died would reach the replica of another service at the same port."""
     drawn = iter((21_000, 21_200))
     monkeypatch.setattr(app.random, "randrange", lambda *bounds: next(drawn))
+    monkeypatch.setattr(app, "_is_free", lambda port: port != 21_007)
+    assert app._free_ports() == range(21_200, 21_400)
+
+
+def test_a_port_in_use_is_not_free() -> None:
     with socket.socket() as other:
-        other.bind(("127.0.0.1", 21_007))
+        other.bind(("127.0.0.1", 0))
         other.listen()
-        assert app._free_ports() == range(21_200, 21_400)
+        assert not app._is_free(other.getsockname()[1])
+    assert app._is_free(free_port())
