@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def haproxies(port: int) -> list[psutil.Process]:
     found = []
     for connection in psutil.net_connections("tcp"):
         if connection.laddr and connection.laddr.port == port and connection.status == "LISTEN" and connection.pid:
-            found.append(psutil.Process(connection.pid))
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(connection.pid))
     return found
 
 
