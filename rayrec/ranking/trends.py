@@ -62,12 +62,11 @@ class Trends:
         row_C = self._rows_in(catalogue)
         item_E, before_E = row_C[item_E[on_E]], row_C[before_E[on_E]]
         size = len(catalogue) + 1
-        count_N = np.bincount(item_E, minlength=size)
-        count_N[0] = 0
+        item_P, count_P = np.unique(item_E[item_E > 0], return_counts=True)  # a catalogue is far longer than a trend
         pair_E = (before_E > 0) & (item_E > 0) & (before_E != item_E)
         cells = (before_E[pair_E], item_E[pair_E])
         return Trend(
-            popular=np.argsort(-count_N, kind="stable")[: np.count_nonzero(count_N)],
+            popular=item_P[np.argsort(-count_P, kind="stable")],
             follows=sp.csr_matrix((np.ones(len(cells[0]), np.float32), cells), shape=(size, size)),
         )
 

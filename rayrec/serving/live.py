@@ -82,10 +82,9 @@ class Model:
 
         pictures: of the items whose picture is new. Edits that fail are logged and left out, lest all later ones wait.
         """
+        assert self._edit is not None, "ask takes_edits first"
         later = copy.copy(self)
         later.seq = edits[-1].seq
-        if self._edit is None:
-            return later
         try:
             scorer, row_R = self._edit(self.ranker.scorer, edits, pictures)
         except Exception:

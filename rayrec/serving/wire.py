@@ -225,18 +225,21 @@ class RecommendRequest(Wire):
     reasons: Flag = False
 
 
+Text = Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000), AfterValidator(_printable)]
+
+
 class ItemRequest(Wire):
     """What a shop says of an item: what is not given stays as it is, and of a new item it is unknown.
 
     image: a `data:` URI, or a place that begins with one of the server's `image_prefixes`.
     """
 
-    title: Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000), AfterValidator(_printable)] = ""
-    category: Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000), AfterValidator(_printable)] = ""
-    brand: Annotated[str, StringConstraints(strip_whitespace=True, max_length=256), AfterValidator(_printable)] = ""
-    price: Annotated[float, Field(gt=0, lt=1e30, allow_inf_nan=False, strict=True)] = 1.0
-    in_stock: Flag = True
-    image: str = ""
+    title: Text | None = None
+    category: Text | None = None
+    brand: Text | None = None
+    price: Annotated[float, Field(gt=0, lt=1e30, allow_inf_nan=False, strict=True)] | None = None
+    in_stock: Flag | None = None
+    image: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """What is said, by the names of `data.edits`; an empty text makes it unknown."""
@@ -245,7 +248,7 @@ class ItemRequest(Wire):
 
 
 class ItemAnswer(BaseModel):
-    """What is held of an item, live everywhere within a second."""
+    """What was said of an item, live everywhere within a second."""
 
     item_id: str
     known: bool = Field(description="whether there was such an item before")
