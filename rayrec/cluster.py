@@ -8,17 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 
 import ray
 
 from rayrec.errors import ResourceError, UsageError
+from rayrec.interrupts import unbroken
 
 REACH_S = 5.0
 LEAST_CPUS = 2
@@ -83,34 +80,8 @@ def disconnect() -> None:
     if not _connected_here:
         return
     _connected_here = False
-    with unbroken():
+    with unbroken():  # a Ray that is interrupted while it stops crashes, or leaves processes behind
         ray.shutdown()
-
-
-@contextmanager
-def unbroken() -> Iterator[None]:
-    """Put off a first Ctrl-C to the end; a second one acts at once. Does nothing outside the main thread.
-
-    A Ray that is interrupted while it starts or stops crashes, or leaves processes behind.
-    """
-    act = signal.getsignal(signal.SIGINT)
-    if not callable(act) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    put_off: list[int] = []
-
-    def wait_or_act(number: int, frame: FrameType | None) -> None:
-        if put_off:
-            act(number, frame)
-        put_off.append(number)
-
-    signal.signal(signal.SIGINT, wait_or_act)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, act)
-    if put_off:
-        act(signal.SIGINT, None)
 
 
 def cpus() -> int:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from terminal import TINY_PREPARE, TINY_TRAIN, Running, Terminal
 
-from rayrec.cluster import unbroken
+from rayrec.interrupts import unbroken
 
 
 @pytest.fixture

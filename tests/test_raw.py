@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,6 +51,16 @@ def test_lines_of_the_wrong_length_are_broken_and_the_others_keep_their_numbers(
     assert block.row_R.tolist() == [1, 3, 5]
     assert broken_of(block) == [(2, "truncated_line"), (4, "too_many_fields"), (6, "truncated_line")]
     assert block.read == 6
+
+
+def test_ctrl_c_in_the_middle_of_a_broken_line_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(text: str) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return False
+
+    monkeypatch.setattr(readers, "is_mark", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parse_csv(b"1,2,3\n4,5\n6,7,8\n", NAMES, everything)
 
 
 def test_a_broken_quote_costs_its_own_record_only() -> None:

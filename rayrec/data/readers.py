@@ -24,6 +24,7 @@ from rayrec.data.ids import floats_as_text
 from rayrec.data.records import BROKEN_QUOTE, is_mark, mark_broken_records, next_boundary
 from rayrec.errors import DataError
 from rayrec.history import Ints
+from rayrec.interrupts import unbroken
 
 BLOCK_BYTES = 32 * 1024 * 1024
 PARQUET_ROWS = 400_000
@@ -182,17 +183,18 @@ def parse_csv(text: bytes, names: tuple[str, ...], choose: Choose) -> Block:
 
     if not text.strip():
         return Block(_no_rows(chosen), np.empty(0, np.int64), [], 0, _ignored(names, chosen))
-    table = pacsv.read_csv(
-        io.BytesIO(text),
-        read_options=pacsv.ReadOptions(column_names=list(names), use_threads=False, block_size=len(text) + 1),
-        parse_options=pacsv.ParseOptions(newlines_in_values=b'"' in text, invalid_row_handler=unparsable),
-        convert_options=pacsv.ConvertOptions(
-            column_types={name: pa.string() for name in names},
-            include_columns=list(chosen.values()),
-            null_values=list(NULLS),
-            strings_can_be_null=True,
-        ),
-    )
+    with unbroken():  # Arrow drops an exception of its callback, and calls what it was given there a broken file
+        table = pacsv.read_csv(
+            io.BytesIO(text),
+            read_options=pacsv.ReadOptions(column_names=list(names), use_threads=False, block_size=len(text) + 1),
+            parse_options=pacsv.ParseOptions(newlines_in_values=b'"' in text, invalid_row_handler=unparsable),
+            convert_options=pacsv.ConvertOptions(
+                column_types={name: pa.string() for name in names},
+                include_columns=list(chosen.values()),
+                null_values=list(NULLS),
+                strings_can_be_null=True,
+            ),
+        )
     read = len(table) + len(broken)
     good_R = np.delete(np.arange(1, read + 1), [b.row - 1 for b in broken])
     rows = table.rename_columns(list(chosen)).combine_chunks()
