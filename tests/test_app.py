@@ -288,6 +288,12 @@ def test_more_replicas_than_the_cluster_can_hold_are_refused(cluster: None, bund
         pass
 
 
+@pytest.mark.ray
+def test_replicas_that_do_not_come_up_are_told_of(cluster: None, bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="the service did not start"):
+        served_with(bundle, tmp_path, loader="nowhere:nothing").__enter__()
+
+
 def test_the_ports_of_replicas_are_of_this_service_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy whose replica died would reach the replica of another service at the same port."""
     drawn = iter((21_000, 21_200))

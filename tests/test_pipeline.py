@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from shopfake import FakeScorer, catalogue
 
 from rayrec.config import SceneConfig, ServeConfig
@@ -17,6 +18,7 @@ from rayrec.history import HistoryBatch
 from rayrec.ranking.pipeline import Ranker
 from rayrec.ranking.requests import Answer, Request, UnknownItemError, UnknownSceneError
 from rayrec.ranking.rules import Filters
+from rayrec.ranking.trends import Trend
 from rayrec.schema import ACTION_CODE
 from rayrec.state import State, open_state
 from rayrec.state.protocol import Act, Event, History, Shown
@@ -438,6 +440,16 @@ def test_reasons_are_given_when_asked(ranker: Ranker, state: State) -> None:
     assert reasons["red-7"][0] == "Fits your interest in Red thing 4"
     assert "New in the shop" in reasons["red-19"]
     assert all(item.reasons == [] for item in ranker.recommend([replace(asked, reasons=False)], state)[0].items)
+
+
+def test_reasons_know_what_visitors_do_now(ranker: Ranker, state: State) -> None:
+    saw(state, "u", ("red-4", "view"))
+    row, n = ranker.catalogue.index, len(ranker.catalogue) + 1
+    follows = sp.csr_matrix(([5.0], ([row["red-4"]], [row["blue-2"]])), shape=(n, n), dtype=np.float32)
+    ranker.retriever.trend = Trend(np.empty(0, np.int64), follows)
+    answer = ranker.recommend([Request("u", k=60, reasons=True)], state)[0]
+    reasons = {item.item_id: item.reasons for item in answer.items}
+    assert reasons["blue-2"][0] == "Often follows Red thing 4"
 
 
 def test_reasons_on_an_item_page_are_about_the_item(ranker: Ranker, state: State) -> None:

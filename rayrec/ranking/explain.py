@@ -45,7 +45,7 @@ class Explainer:
 
     def _against(self, items: Ints, earlier: Ints) -> tuple[Ints, Floats, Floats]:
         """How strongly each of K items follows each of P earlier ones, and how near they are; itself is not near."""
-        follows_PK = self._retriever.cooccurrence[earlier][:, items].toarray()
+        follows_PK = self._retriever.strength(earlier, items)
         unit_ND = self._retriever.unit_ND
         cosine_PK = unit_ND[earlier] @ unit_ND[items].T
         return earlier, follows_PK, np.where(earlier[:, None] == items, -np.inf, cosine_PK)

@@ -266,7 +266,7 @@ class Ranker:
                 if len(left.item_C) < request.k and policy.scene.fill:
                     allowed_N = self._rules.mask(request.filters, forbidden, masks)
                     left = self._again(asked.take([b]), found[b].sources, request.k, allowed_N)
-            pinned = np.array([item for _, item in policy.pinned if self.retriever.sellable_N[item]], np.int64)
+            pinned = np.array([item for _, item in policy.pinned if self.catalogue.listed[item]], np.int64)
             if len(pinned):
                 keep_P, _ = self._rules.apply(pinned, request.filters, forbidden, barred)
                 left = left.adding(pinned[keep_P], PINNED)

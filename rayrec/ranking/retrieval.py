@@ -105,10 +105,10 @@ class Retriever:
         self.vectors_ND, self.cooccurrence = vectors_ND, cooccurrence
         length_N = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         self.unit_ND: Floats = (vectors_ND / np.maximum(length_N, 1e-12)).astype(np.float32)
-        self.sellable_N = catalogue.listed
+        self._listed_N = catalogue.listed
         by_events = np.argsort(-catalogue.n_train, kind="stable")
-        self.popular = by_events[self.sellable_N[by_events]]
-        self._new = np.flatnonzero(self.sellable_N & (catalogue.n_train < NEW_BELOW))
+        self.popular = by_events[self._listed_N[by_events]]
+        self._new = np.flatnonzero(self._listed_N & (catalogue.n_train < NEW_BELOW))
         self.trend = nothing(catalogue)
         """What visitors do now; may be set to another at any time."""
 
@@ -116,7 +116,7 @@ class Retriever:
         self, asked: Asked, sources: Sequence[str], n: int, only: Sequence[Bools] | None = None
     ) -> list[Candidates]:
         """Up to `n` items of each source for each request, merged. `only`: a mask [N + 1] of each request."""
-        masks = [self.sellable_N] * len(asked) if only is None else [self.sellable_N & mask for mask in only]
+        masks = [self._listed_N] * len(asked) if only is None else [self._listed_N & mask for mask in only]
         found = [SOURCES[name](self, asked, n, masks) for name in sources]
         return [_merge([items[b] for items in found], tuple(sources)) for b in range(len(asked))]
 
@@ -141,6 +141,12 @@ class Retriever:
         start_BN = sp.csr_matrix((weight_E, item_E, bounds), shape=(len(recent), self.cooccurrence.shape[0]))
         follows = self.trend.follows
         return start_BN @ self.cooccurrence + start_BN @ follows if follows.nnz else start_BN @ self.cooccurrence
+
+    def strength(self, earlier: Ints, items: Ints) -> Floats:
+        """How strongly each of K items follows each of P earlier ones, of old and by what visitors do now. [P, K]."""
+        of_old_PK: Floats = self.cooccurrence[earlier][:, items].toarray()
+        follows = self.trend.follows
+        return of_old_PK + follows[earlier][:, items].toarray() if follows.nnz else of_old_PK
 
     def _most_popular(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         return [self.popular[mask[self.popular]][:n] for mask in masks]

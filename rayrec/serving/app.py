@@ -26,6 +26,7 @@ from typing import Any, Final
 
 import httpx
 import ray
+from ray.exceptions import RayError
 
 from rayrec import cluster
 from rayrec.bundle import Bundle, current_version
@@ -345,11 +346,15 @@ def _connect(settings: dict[str, str]) -> None:
 
 
 def _start(application: Any, host: str, port: int) -> None:
+    """Start Ray Serve and the replicas. Raises ResourceError where that fails, or takes longer than Ray bears with."""
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    serve.run(application, name=APP_NAME, route_prefix="/")
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        serve.run(application, name=APP_NAME, route_prefix="/")
+    except (RuntimeError, TimeoutError, RayError) as error:
+        raise ResourceError(f"the service did not start: {error}; see Ray's logs") from None
 
 
 @contextmanager
