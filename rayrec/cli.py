@@ -54,6 +54,9 @@ State = Annotated[str | None, typer.Option(help="sqlite:///PATH (default: beside
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML of settings: scenes, their rules, all that --set can change.")
 ]
+TrainFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML of settings over the preset's, as tune writes its best.")
+]
 
 
 @app.command()
@@ -147,6 +150,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that did not finish.")] = False,
     from_: Annotated[str | None, typer.Option("--from", metavar="BUNDLE", help="Start from its weights.")] = None,
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Do not make the bundle the live one.")] = False,
+    config_: TrainFile = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds that a cluster may take to add nodes.")] = 0.0,
     set_: Set = None,
     as_json: Json = False,
@@ -158,7 +162,7 @@ def train(
     require_absolute(dataset, bundles, from_)
     given = {"workers": workers, "epochs": epochs, "seed": seed, "gpu": gpu or None}
     options = [f"train.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
-    config: Config = with_settings(preset(preset_), [*options, *(set_ or [])])
+    config = with_settings(_preset(preset_, config_), [*options, *(set_ or [])])
     try:
         bundle = run(dataset, bundles, config, resume=resume, start_from=from_, publish=not no_publish, wait_s=wait)
     finally:
@@ -166,6 +170,43 @@ def train(
     step(f"bundle {bundle.path}")
     if as_json:
         print_json({"version": bundle.version, "path": str(bundle.path), **bundle.json("metrics.json")})
+
+
+@app.command()
+def tune(
+    dataset: Annotated[str, typer.Argument(help="A dataset folder made by prepare.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where trials, table, picture and best.yaml go.")],
+    preset_: Annotated[str, typer.Option("--preset", help="small, base or paper: where the search begins.")] = "small",
+    trials: Annotated[int, typer.Option(min=1, help="The first is the preset itself.")] = 12,
+    dial: Annotated[
+        list[str] | None, typer.Option("--dial", metavar="PATH=LOW..HIGH", help="Or PATH=A,B,C; repeatable.")
+    ] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="Of each trial.")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a trial.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed tries the same settings.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of this folder.")] = False,
+    config_: TrainFile = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Search a preset's main dials; trials run side by side, and poor ones stop early."""
+    from rayrec.cluster import disconnect, require_absolute
+    from rayrec.training.dials import PAPER_DIALS, SMALL_DIALS, parse
+    from rayrec.training.tuning import Search, search
+
+    require_absolute(dataset, str(out))
+    given = ["train.gpu=true"] if gpu else []
+    config = with_settings(_preset(preset_, config_), [*given, *(set_ or [])])
+    dials = dial or (PAPER_DIALS if config.model.kind == "paper" else SMALL_DIALS)
+    what = Search(config, [parse(text, config) for text in dials], trials, seed, cpus, float(gpu))
+    try:
+        found = search(dataset, out, what, resume=resume)
+    finally:
+        disconnect()
+    typer.echo((out / "table.md").read_text())
+    step(f"the best are in {out / 'best.yaml'}: rayrec train {dataset} BUNDLES --config {out / 'best.yaml'}")
+    if as_json:
+        print_json(found)
 
 
 @app.command()
@@ -325,6 +366,11 @@ def events_export(
     step(f"{folder}: {done.events} events and {done.impressions} impressions of {done.visitors} visitors{nobody}")
     if as_json:
         print_json(asdict(done))
+
+
+def _preset(name: str, file: Path | None) -> Config:
+    """A preset, with what a file says put in."""
+    return with_file(preset(name), file) if file else preset(name)
 
 
 StateUrl = Annotated[str, typer.Option("--state", help="sqlite:///PATH or redis://HOST:PORT/0.")]

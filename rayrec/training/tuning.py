@@ -1,0 +1,242 @@
+"""A search over a preset's dials: trials side by side on the cluster, the poor ones stopped early (ASHA).
+
+In: a dataset, a preset and its dials. Out: a folder with `trials.json`, `table.md`, `tune.png` and `best.yaml`, which
+`rayrec train --config` takes. What is judged is validation alone: test data is never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from torch import nn
+
+from rayrec.cluster import connect, cpus
+from rayrec.config import Config, with_settings
+from rayrec.data.dataset import Dataset
+from rayrec.errors import ResourceError, UsageError, writing
+from rayrec.progress import Task, step
+from rayrec.training.dials import Dial, turns
+from rayrec.training.fit import Fit, Job, score
+from rayrec.training.local import LocalFeed
+from rayrec.training.survey import survey
+from rayrec.training.trial_table import Epoch, Trial, draw, table
+
+TRIALS = ".trials"
+PLAN = "plan.json"
+GRACE_EPOCHS = 2
+REDUCTION = 3
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched: `n` trials of a preset's dials. Two searches that are equal try the same settings.
+
+    cpus, gpus: of each trial.
+    """
+
+    config: Config
+    dials: Sequence[Dial]
+    n: int
+    seed: int = 0
+    cpus: int = 1
+    gpus: float = 0.0
+
+    def turns(self) -> list[list[str]]:
+        """The settings of each trial."""
+        return turns(self.dials, self.n, self.seed)
+
+    def plan(self, dataset: str) -> dict[str, Any]:
+        """What must be the same for a search to go on."""
+        return {"dataset": dataset, "config": self.config.model_dump(mode="json"), "trials": self.turns()}
+
+
+def search(dataset_path: str, out: Path, what: Search, *, resume: bool = False) -> dict[str, Any]:
+    """Run the trials; write into `out`, and answer, what `trials.json` holds.
+
+    resume: go on with the search of this folder; trials that are done are not repeated, and one that was under way
+    goes on from its last epoch. Raises UsageError where `out` holds another search, or none to resume; ResourceError
+    if no trial fits the cluster or every one failed.
+    """
+    dataset = Dataset.open(dataset_path)
+    plan = what.plan(dataset.path)
+    with writing(str(out)):
+        _hold(out, plan, resume)
+    connect()
+    if what.cpus > cpus():
+        raise ResourceError(
+            f"a trial asks for {what.cpus} CPUs and the cluster has {cpus()}: ask for fewer with --cpus"
+        )
+    step(f"tune: {what.n} trials of preset {what.config.preset}, {max(1, cpus() // what.cpus)} at a time")
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, dataset=dataset.path, config=what.config.model_dump()),
+        {"cpu": what.cpus, "gpu": what.gpus},
+    )
+    storage = (out / TRIALS).absolute()
+    watcher = Watcher(what.n)
+    with watcher, writing(str(out)):
+        if resume and tune.Tuner.can_restore(str(storage)):
+            tuner = tune.Tuner.restore(str(storage), trainable, resume_errored=True, param_space=_space(plan))
+        else:
+            tuner = tune.Tuner(
+                trainable,
+                param_space=_space(plan),
+                tune_config=tune.TuneConfig(
+                    metric="best",
+                    mode="max",
+                    scheduler=ASHAScheduler(
+                        max_t=what.config.train.epochs + what.config.train.fusion_epochs + 2,
+                        grace_period=GRACE_EPOCHS,
+                        reduction_factor=REDUCTION,
+                    ),
+                    trial_dirname_creator=lambda trial: str(trial.trial_id),
+                ),
+                run_config=tune.RunConfig(
+                    name=TRIALS,
+                    storage_path=str(out.absolute()),
+                    verbose=0,
+                    callbacks=[watcher],
+                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                    failure_config=tune.FailureConfig(max_failures=1),
+                ),
+            )
+        results = tuner.fit()
+    trials = _trials(results, plan["trials"])
+    return _write(out, plan, trials, what.config)
+
+
+def _hold(out: Path, plan: dict[str, Any], resume: bool) -> None:
+    """Write down what is searched, or make sure that it is what was."""
+    held = out / PLAN
+    if resume:
+        if not held.is_file():
+            raise UsageError(f"{out}: no search to resume; start one without --resume")
+        if json.loads(held.read_text()) != plan:
+            raise UsageError(f"{out}: the search to resume had other settings, dials, trials or another dataset")
+        return
+    if held.is_file():
+        raise UsageError(f"{out}: holds a search already; go on with --resume, or name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    held.write_text(json.dumps(plan, indent=1) + "\n")
+
+
+def _space(plan: dict[str, Any]) -> dict[str, Any]:
+    return {"number": tune.grid_search(list(range(len(plan["trials"])))), "trials": plan["trials"]}
+
+
+def run_trial(given: Mapping[str, Any], dataset: str, config: Mapping[str, Any]) -> None:
+    """One trial, in a process of its own: a whole training by its settings, reported after each epoch."""
+    settings = with_settings(Config.model_validate(config), given["trials"][given["number"]])
+    torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().required_resources["CPU"])))
+    opened = Dataset.open(dataset)
+    facts = survey(opened, len(opened.catalogue()), settings)
+    job = Job(settings, opened.path, facts.first_stage, facts.rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = tune.get_checkpoint()
+        resume = Path(checkpoint.to_directory(scratch)) if checkpoint else None
+        Fit(job, LocalFeed(opened, settings), Reporting(settings.train.gpu), resume).run()
+
+
+@dataclass
+class Reporting:
+    """A worker without others, whose epochs Ray Tune hears of."""
+
+    gpu: bool
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(init=False)
+    line: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cuda" if self.gpu else "cpu")
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """See `fit.Peers`."""
+        return model
+
+    def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
+        """See `fit.Peers`."""
+        assert value is not None
+        return value
+
+    def report(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
+        """See `fit.Peers`."""
+        judged = {name: value for name, value in metrics.items() if name.startswith("valid_")}
+        # The refit learns what validation asks, and "done" is no epoch: neither is a figure of these settings.
+        if judged and metrics["stage"] != "refit":
+            now = score(judged)
+            self.line = {"now": now, "best": max(now, self.line.get("best", now)), "cpu_s": metrics["cpu_s"]}
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder))
+            tune.report({**self.line, "stage": metrics["stage"]}, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    def step(self, stage: str, epoch: int, steps: int, step: int, loss: float) -> None:
+        """See `fit.Peers`."""
+
+
+class Watcher(tune.Callback):
+    """Says how the trials go. A context manager around the search."""
+
+    def __init__(self, n: int) -> None:
+        self._task = Task("tune (trials)", n)
+        self._best = -1.0
+
+    def __enter__(self) -> Watcher:
+        self._task.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._task.__exit__(*error)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """An epoch of a trial is done."""
+        self._best = max(self._best, result.get("best", -1.0))
+        self._task.update(sum(one.is_finished() for one in trials), f"best {self._best:.4f}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial is done, or stopped."""
+        self._task.update(sum(one.is_finished() for one in trials), f"best {self._best:.4f}")
+
+
+def _trials(results: Any, settings: Sequence[Sequence[str]]) -> list[Trial]:
+    """What came of each trial, in the order of their numbers."""
+    found = []
+    for result in results:
+        number = result.config["number"]
+        epochs = [] if result.metrics_dataframe is None else _epochs(result.metrics_dataframe)
+        last = (result.metrics or {}).get("stage")
+        found.append(Trial(number, tuple(settings[number]), epochs, last == "done", _why(result.error)))
+    return sorted(found, key=lambda trial: trial.number)
+
+
+def _epochs(lines: Any) -> list[Epoch]:
+    judged = lines[~lines["stage"].isin(("refit", "done"))]
+    return [Epoch(*row) for row in judged[["stage", "cpu_s", "now"]].itertuples(index=False)]
+
+
+def _why(error: Exception | None) -> str | None:
+    return None if error is None else str(getattr(error, "cause", error)).strip().splitlines()[-1]
+
+
+def _write(out: Path, plan: dict[str, Any], trials: list[Trial], config: Config) -> dict[str, Any]:
+    judged = [trial for trial in trials if trial.epochs]
+    if not judged:
+        why = next((trial.error for trial in trials if trial.error), "no trial came to its first epoch")
+        raise ResourceError(f"every trial failed: {why}; see {out / TRIALS}")
+    best = max(judged, key=lambda trial: trial.best)
+    result = {**plan, "best": best.number, "results": [trial.body() for trial in trials]}
+    with writing(str(out)):
+        (out / "trials.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "table.md").write_text(table(trials))
+        chosen = with_settings(config, best.settings).model_dump(mode="json")
+        (out / "best.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False))
+    draw(trials, out / "tune.png")
+    return result

@@ -1,0 +1,70 @@
+"""A search: trials run, the poor stop early, the best is written down, and what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tinyshop import TINY
+
+from rayrec.config import Config, with_file, with_settings
+from rayrec.errors import ResourceError, UsageError
+from rayrec.training.dials import parse
+from rayrec.training.trial_table import Epoch, Trial, draw, table
+from rayrec.training.tuning import Search, search
+
+CONFIG = with_settings(Config(), TINY)
+
+
+def of(config: Config, *dials: str, n: int = 3) -> Search:
+    return Search(config, [parse(text, config) for text in dials], n)
+
+
+def test_the_table_has_the_best_first_and_what_failed_last(tmp_path: Path) -> None:
+    epochs = [Epoch("retrieval", 1.0, 0.1), Epoch("fusion", 2.5, 0.3)]
+    trials = [
+        Trial(0, (), epochs[:1], False),
+        Trial(1, ("train.lr=9",), [], False, "it | burst"),
+        Trial(2, ("train.lr=0.1",), epochs, True),
+    ]
+    rows = table(trials).splitlines()[2:]
+    assert rows == [
+        "| 2 | train.lr=0.1 | 0.3000 | 2 | 2 | to its end |",
+        "| 0 | the preset | 0.1000 | 1 | 1 | stopped early |",
+        "| 1 | train.lr=9 |  | 0 |  | failed: it / burst |",
+    ]
+    draw(trials, tmp_path / "tune.png")
+    assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.ray
+def test_a_search_finds_what_is_better_and_can_be_resumed(cluster: None, tiny_dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tune"
+    what = of(CONFIG, "train.lr=1e-7,3e-3")
+    found = search(str(tiny_dataset), out, what)
+    best = found["results"][found["best"]]
+    assert found == json.loads((out / "trials.json").read_text())
+    assert [result["settings"] for result in found["results"]] == [list(turn) for turn in what.turns()]
+    assert best["best"] == max(result["best"] for result in found["results"])
+    idle = next(result for result in found["results"] if result["settings"] == ["train.lr=1e-07"])
+    assert best["best"] > idle["best"]
+    assert with_file(Config(), out / "best.yaml") == with_settings(CONFIG, best["settings"])
+    assert yaml.safe_load((out / "best.yaml").read_text())["preset"] == "small"
+
+    written = (out / "trials.json").stat().st_mtime_ns
+    assert search(str(tiny_dataset), out, what, resume=True)["results"] == found["results"]
+    assert (out / "trials.json").stat().st_mtime_ns > written
+    with pytest.raises(UsageError, match="holds a search already"):
+        search(str(tiny_dataset), out, what)
+    with pytest.raises(UsageError, match="had other settings"):
+        search(str(tiny_dataset), out, of(CONFIG, "train.lr=1e-7,1e-3"), resume=True)
+
+
+@pytest.mark.ray
+def test_a_trial_that_fails_is_told_of(cluster: None, tiny_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no search to resume"):
+        search(str(tiny_dataset), tmp_path / "none", of(CONFIG, "train.lr=1e-3,2e-3"), resume=True)
+    with pytest.raises(ResourceError, match="asks for 99 CPUs"):
+        search(str(tiny_dataset), tmp_path / "many", Search(CONFIG, [], 1, cpus=99))
