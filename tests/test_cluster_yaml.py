@@ -109,3 +109,9 @@ def test_its_ray_is_the_one_that_is_pinned(config: dict[str, Any]) -> None:
 def test_only_loopback_reaches_the_dashboard(config: dict[str, Any]) -> None:
     (start,) = [command for command in config["head_start_ray_commands"] if "--head" in command]
     assert "--dashboard-host=127.0.0.1" in start
+
+
+def test_a_lost_node_is_missed_in_seconds(config: dict[str, Any]) -> None:
+    (start,) = [command for command in config["head_start_ray_commands"] if "--head" in command]
+    given = {name: float(value) for name, value in re.findall(r"RAY_health_check_(\w+)=(\d+)", start)}
+    assert given["failure_threshold"] * (given["period_ms"] + given["timeout_ms"]) < 10_000

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import typer
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from rayrec.config import ServeConfig, with_settings
+from rayrec.cli import app
+from rayrec.config import ServeConfig, preset, with_settings
 from rayrec.serving.app import Application
 from rayrec.serving.keys import KEYS
 from rayrec.state.redis import PASSWORD
+from rayrec.training.trainer import worker_resources
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "jobs" / "kuberay"
 
@@ -62,9 +67,50 @@ def test_secrets_come_from_a_secret_and_reach_every_node(parts: dict[str, dict[s
         assert given["RAY_SERVE_ENABLE_HA_PROXY"]["value"] == "1"
 
 
-def test_ray_is_the_one_that_this_is_tested_with(parts: dict[str, dict[str, Any]]) -> None:
-    version = parts["RayService"]["spec"]["rayClusterConfig"]["rayVersion"]
-    assert version.split(".")[:2] == ray.__version__.split(".")[:2]
+@pytest.mark.parametrize("manifest", sorted(path.name for path in MANIFESTS.glob("*.yaml")))
+def test_ray_is_the_one_that_this_is_tested_with(manifest: str) -> None:
+    versions = re.findall(r'rayVersion: "(.+)"', (MANIFESTS / manifest).read_text())
+    assert versions
+    assert {tuple(version.split(".")[:2]) for version in versions} == {tuple(ray.__version__.split(".")[:2])}
+
+
+def train_cluster(manifest: str) -> dict[str, Any]:
+    """The cluster that a manifest trains on."""
+    spec = yaml.safe_load((MANIFESTS / manifest).read_text())["spec"]
+    return dict(spec.get("rayClusterSpec", spec))
+
+
+@pytest.mark.parametrize("manifest", ["raycluster.yaml", "rayjob-train.yaml"])
+def test_a_lost_node_is_missed_in_seconds(manifest: str) -> None:
+    (head,) = train_cluster(manifest)["headGroupSpec"]["template"]["spec"]["containers"]
+    given = {one["name"]: float(one["value"]) for one in head["env"] if one["name"].startswith("RAY_health")}
+    period, timeout, failures = (
+        given[f"RAY_health_check_{name}"] for name in ("period_ms", "timeout_ms", "failure_threshold")
+    )
+    assert failures * (period + timeout) < 10_000
+
+
+@pytest.mark.parametrize("manifest", ["raycluster.yaml", "rayjob-train.yaml"])
+def test_a_training_worker_fits_a_node_of_its_group(manifest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (group,) = [one for one in train_cluster(manifest)["workerGroupSpecs"] if one["groupName"] == "train"]
+    (container,) = group["template"]["spec"]["containers"]
+    limits, n = container["resources"]["limits"], group["maxReplicas"]
+    have = {"CPU": n * float(limits["cpu"]), "GPU": n * float(limits["nvidia.com/gpu"])}
+    monkeypatch.setattr("ray.cluster_resources", lambda: have)
+    asked = worker_resources(with_settings(preset("base"), ["train.gpu=true", f"train.workers={n}"]), wait_s=0)
+    assert asked["GPU"] == float(limits["nvidia.com/gpu"]), "one worker a node"
+    assert asked["CPU"] + 1 <= float(limits["cpu"]), "and a CPU that feeds it"
+
+
+def test_the_training_job_is_a_command_that_there_is() -> None:
+    spec = yaml.safe_load((MANIFESTS / "rayjob-train.yaml").read_text())["spec"]
+    python, flag, module, name, *words = shlex.split(spec["entrypoint"])
+    assert (python, flag, module) == ("python", "-m", "rayrec")
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    given = command.make_context(name, words).params
+    assert given["gpu"]
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert given["workers"] <= group["maxReplicas"]
 
 
 def test_redis_is_one_that_rayrec_takes(parts: dict[str, dict[str, Any]], serve: ServeDeploySchema) -> None:
