@@ -6,7 +6,6 @@ In: histories, scores by model, what follows what. Out: candidate matrices. It m
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
-from rayrec.followers import Followers, longer, strongest
+from rayrec.followers import Followers, Reached, longer, strongest, weights_at
 from rayrec.history import HistoryBatch
 
 Floats = npt.NDArray[np.float32]
@@ -51,29 +50,28 @@ class Memory:
         return later
 
     def ask(self, history: HistoryBatch) -> Remembered:
-        """What followed the items of each history."""
-        n_rows = self.next.shape[0]
-        recent_BN, longer_BN = (_recent(history, n_rows, *kind) for kind in (RECENT, LONGER))
-        return Remembered(
-            next=recent_BN @ self.next,
-            near=recent_BN @ self.near,
-            others=(
-                recent_BN @ self.next_share,
-                recent_BN @ self.near_share,
-                recent_BN @ self.before,
-                longer_BN @ self.near,
-                (recent_BN @ self.walk) @ self.walk,
-            ),
-        )
+        """What followed the items of each history, of all items."""
+        recent_BN = _recent(history, *RECENT).over(self.next.shape[0])
+        return Remembered(recent_BN @ self.next, recent_BN @ self.near)
+
+    def features(self, history: HistoryBatch, candidate_BC: Ints) -> Floats:
+        """How each candidate followed the visitor's items, each number at about unit scale. [B, C, FOLLOW_FEATURES]."""
+        recent, longer_past = _recent(history, *RECENT), _recent(history, *LONGER)
+        walked = recent.through(self.walk).through(self.walk)
+        reached = [recent.through(counts) for counts in (self.next, self.near, self.next_share, self.near_share)]
+        reached += [recent.through(self.before), longer_past.through(self.near), walked]
+        next_BC, near_BC, next_share_BC, near_share_BC, *others = weights_at(reached, candidate_BC, self.next.shape[0])
+        shares = [np.log(share_BC + 1e-4) / 4 + 1 for share_BC in (next_share_BC, near_share_BC)]
+        counts = [np.log1p(count_BC) for count_BC in (next_BC, near_BC, *others)]
+        return np.stack([*counts, *shares], -1).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """Scores of every item by what followed, sparse: [B, N + 1] csr by `next` and `near`, and others."""
+    """Scores of every item by what followed, sparse: [B, N + 1] csr."""
 
     next: sp.csr_array
     near: sp.csr_array
-    others: tuple[sp.csr_array, ...]
 
     @property
     def next_BN(self) -> Floats:
@@ -87,47 +85,19 @@ class Remembered:
         dense: Floats = self.near.toarray()
         return dense
 
-    def at(self, candidate_BC: Ints) -> Floats:
-        """The features of candidates, each at about unit scale. [B, C, FOLLOW_FEATURES] float32."""
-        next_BC, near_BC, next_share_BC, near_share_BC, *others = _at(
-            (self.next, self.near, *self.others), candidate_BC
-        )
-        shares = [np.log(share_BC + 1e-4) / 4 + 1 for share_BC in (next_share_BC, near_share_BC)]
-        counts = [np.log1p(count_BC) for count_BC in (next_BC, near_BC, *others)]
-        return np.stack([*counts, *shares], -1).astype(np.float32)
-
 
 def _shares(counts: sp.csr_array) -> sp.csr_array:
     total_N = np.asarray(counts.sum(1)).ravel()
     return sp.csr_array(sp.diags_array(1.0 / np.maximum(total_N, 1.0)) @ counts).astype(np.float32)
 
 
-def _recent(history: HistoryBatch, n_rows: int, steps: int, decay: float) -> sp.csr_array:
-    """The last items of each visitor with their weights. [B, N + 1] csr."""
+def _recent(history: HistoryBatch, steps: int, decay: float) -> Reached:
+    """The last items of each visitor with their weights."""
     at_BK = history.length_B[:, None] - 1 - np.arange(min(steps, history.item_BL.shape[1]))
     visitor_P, step_P = np.nonzero(at_BK >= 0)
-    item_P = history.item_BL[visitor_P, at_BK[visitor_P, step_P]]
     weight_P = (decay**step_P).astype(np.float32)
-    return sp.csr_array((weight_P, (visitor_P, item_P)), shape=(len(history), n_rows))
-
-
-def _at(matrices: Sequence[sp.csr_array], candidate_BC: Ints) -> Floats:
-    """Entries of sparse matrices, row by row; 0 where there is none. M of [B, N + 1] -> [M, B, C] float32."""
-    n_rows, n_candidates = candidate_BC.shape
-    found_MBC = np.empty((len(matrices), n_rows, n_candidates), np.float32)
-    # To look up where each entry belongs, what is no candidate beyond the end, costs less than to sort the entries:
-    # a popular item came after nearly every other one.
-    place_N = np.full(matrices[0].shape[1], n_candidates)
-    for b, candidate_C in enumerate(candidate_BC):
-        place_N[candidate_C] = np.arange(n_candidates)
-        place_C = place_N[candidate_C]  # one place for an item that is there twice
-        for m, scores_BN in enumerate(matrices):
-            row = slice(scores_BN.indptr[b], scores_BN.indptr[b + 1])
-            score_C = np.zeros(n_candidates + 1, np.float32)
-            score_C[place_N[scores_BN.indices[row]]] = scores_BN.data[row]
-            found_MBC[m, b] = score_C[place_C]
-        place_N[candidate_C] = n_candidates
-    return found_MBC
+    bound_B = np.concatenate([[0], np.cumsum(np.count_nonzero(at_BK >= 0, axis=1))])
+    return Reached(history.item_BL[visitor_P, at_BK[visitor_P, step_P]], weight_P, bound_B)
 
 
 def top(scores_BN: Floats, k: int) -> Ints:

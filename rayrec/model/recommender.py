@@ -46,7 +46,7 @@ class NextItems:
 class Lists:
     """A training batch of the second stage: candidates that retrieval returned, and which one came next.
 
-    candidate_BC: [B, C] int64, 0 padding. follow_BCF: [B, C, FOLLOW_FEATURES], see `candidates.Remembered`.
+    candidate_BC: [B, C] int64, 0 padding. follow_BCF: [B, C, FOLLOW_FEATURES], see `candidates.Memory`.
     target_B: [B] int64, place of the right one in its list. action_B: [B] int64, what was done with it
     (schema.ACTION_CODE).
     """

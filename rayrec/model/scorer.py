@@ -100,7 +100,7 @@ class Scorer:
         total = sum(heads.values())
         if total <= 0:
             raise ValueError("the weights of the heads must add up to more than 0")
-        follow_BCF = self._memory.ask(history).at(candidates_BC)
+        follow_BCF = self._memory.features(history, candidates_BC)
         logit_BCH = self._logits(history, user_BD, candidates_BC, follow_BCF)
         probability_BCH = self.model.calibrated(logit_BCH).cpu().numpy()
         score_BC = np.zeros(candidates_BC.shape, np.float32)
@@ -152,11 +152,11 @@ class Scorer:
         remembered = self._memory.ask(history)
         k = self.model.config.model.candidates
         candidates_BC = retrieve(history, model_BN, remembered, self._popular_N, self._warm_N, k)
-        return candidates_BC, remembered.at(candidates_BC)
+        return candidates_BC, self._memory.features(history, candidates_BC)
 
     def logits(self, history: HistoryBatch, candidates_BC: Ints) -> Floats:
         """Raw logits of every head, before calibration; padding is not masked. [B, C, heads] float32."""
-        follow_BCF = self._memory.ask(history).at(candidates_BC)
+        follow_BCF = self._memory.features(history, candidates_BC)
         return self._logits(history, self.user_vectors(history), candidates_BC, follow_BCF).cpu().numpy()
 
     def _head(self, head: str) -> int:

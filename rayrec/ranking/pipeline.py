@@ -23,6 +23,7 @@ import scipy.sparse as sp
 from rayrec.catalogue import Catalogue
 from rayrec.config import SceneConfig, ServeConfig
 from rayrec.errors import StateError, UsageError
+from rayrec.followers import weights_at
 from rayrec.history import HistoryBatch
 from rayrec.ranking.explain import Explainer
 from rayrec.ranking.explore import explore
@@ -290,9 +291,9 @@ class Ranker:
         if score_BC is None:
             score_BC = np.empty(candidates_BC.shape, np.float32)
         if fallback:
-            follow_BN = self.retriever.following([asked.recent[b] for b in fallback])
-            for row, b in enumerate(fallback):
-                follow_C = follow_BN[row].toarray().ravel()[candidates_BC[b]]
+            ways = self.retriever.following([asked.recent[b] for b in fallback])
+            follow_BC = weights_at(ways, candidates_BC[fallback], len(self.catalogue) + 1).sum(axis=0)
+            for b, follow_C in zip(fallback, follow_BC, strict=True):
                 strength_C = follow_C / (follow_C.max(initial=0) or 1.0)
                 score_BC[b] = 0.9 * strength_C + 0.1 * self._fame_N[candidates_BC[b]]
                 served_by[b] = "cooccurrence" if follow_C.any() else "popular"

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from rayrec.catalogue import Catalogue
+from rayrec.followers import Reached, merged
 from rayrec.ranking.nearest import Nearest, order
 from rayrec.ranking.trends import nothing
 
@@ -129,18 +130,25 @@ class Retriever:
         return [of.get(b, _NONE) for b in range(len(asked))]
 
     def _following(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
-        weight_BN = self.following(asked.recent)
-        return [_best_of_row(weight_BN, b, masks[b], n) for b in range(len(asked))]
+        return self._strongest(asked.recent, masks, n)
 
-    def following(self, recent: Sequence[Ints]) -> sp.csr_matrix:
-        """How strongly each item follows each visitor's newest items, older ones faded. [B, N + 1] sparse."""
+    def _strongest(self, recent: Sequence[Ints], masks: Sequence[Bools], n: int) -> list[Ints]:
+        """The `n` items within each mask that follow each visitor's newest items most strongly, best first."""
+        ways, n_rows, found = self.following(recent), len(self._listed_N), []
+        for b, mask_N in enumerate(masks):
+            items, weights = merged(ways, b, n_rows)
+            keep = mask_N[items] & (weights > 0)
+            found.append(items[keep][order(weights[keep], n)])
+        return found
+
+    def following(self, recent: Sequence[Ints]) -> list[Reached]:
+        """What follows each visitor's newest items, older ones faded: of old, and by what visitors do now."""
         item_E = np.concatenate([*recent, _NONE])
-        bounds = np.concatenate([[0], np.cumsum([len(items) for items in recent], dtype=np.int64)])
-        age_E = np.arange(len(item_E)) - np.repeat(bounds[:-1], np.diff(bounds))
-        weight_E = (FADE**age_E).astype(np.float32)
-        start_BN = sp.csr_matrix((weight_E, item_E, bounds), shape=(len(recent), self.cooccurrence.shape[0]))
+        bound_B = np.concatenate([[0], np.cumsum([len(items) for items in recent], dtype=np.int64)])
+        age_E = np.arange(len(item_E)) - np.repeat(bound_B[:-1], np.diff(bound_B))
+        start = Reached(item_E, (FADE**age_E).astype(np.float32), bound_B)
         follows = self.trend.follows
-        return start_BN @ self.cooccurrence + start_BN @ follows if follows.nnz else start_BN @ self.cooccurrence
+        return [start.through(counts) for counts in (self.cooccurrence, *([follows] if follows.nnz else []))]
 
     def strength(self, earlier: Ints, items: Ints) -> Floats:
         """How strongly each of K items follows each of P earlier ones, of old and by what visitors do now. [P, K]."""
@@ -149,11 +157,10 @@ class Retriever:
         return of_old_PK + follows[earlier][:, items].toarray() if follows.nnz else of_old_PK
 
     def _most_popular(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
-        return [self.popular[mask[self.popular]][:n] for mask in masks]
+        return [_first(self.popular, mask, n) for mask in masks]
 
     def _trending(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
-        popular = self.trend.popular
-        return [popular[mask[popular]][:n] for mask in masks]
+        return [_first(self.trend.popular, mask, n) for mask in masks]
 
     def _newcomers(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         """New items: those nearest to the visitor, or the latest rows of the catalogue for an unknown one."""
@@ -168,8 +175,7 @@ class Retriever:
 
     def _together(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         """What follows the items at hand; nothing that is merely like them."""
-        follows_BN = self.following(asked.anchors)
-        return [_best_of_row(follows_BN, b, masks[b], n) for b in range(len(asked))]
+        return self._strongest(asked.anchors, masks, n)
 
     def _matching(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         if asked.matches is None:
@@ -178,15 +184,13 @@ class Retriever:
 
     def _related(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         """Nearest to the items at hand by vector and by co-occurrence, half and half."""
-        follows_BN = self.following(asked.anchors)
-        found = []
+        follows, found = self._strongest(asked.anchors, masks, n // 2), []
         for b, anchors in enumerate(asked.anchors):
             if not len(anchors):
                 found.append(_NONE)
                 continue
             near = self._alike.search(self.unit_ND[anchors].mean(axis=0)[None], [masks[b]], n)[0]
-            follow = _best_of_row(follows_BN, b, masks[b], n // 2)
-            found.append(np.concatenate([follow, near[: n - len(follow)]]))
+            found.append(np.concatenate([follows[b], near[: n - len(follows[b])]]))
         return found
 
 
@@ -207,13 +211,11 @@ SOURCES: Final[dict[str, Source]] = {
 _NONE: Final = np.empty(0, np.int64)
 
 
-def _best_of_row(weight_BN: sp.csr_matrix, b: int, mask_N: Bools, n: int) -> Ints:
-    """The `n` highest weights of one sparse row within the mask, best first."""
-    inside = slice(weight_BN.indptr[b], weight_BN.indptr[b + 1])
-    items, weights = weight_BN.indices[inside].astype(np.int64), weight_BN.data[inside]
-    keep = mask_N[items] & (weights > 0)
-    items = items[keep]
-    return items[order(weights[keep], n)]
+def _first(rows: Ints, mask_N: Bools, n: int) -> Ints:
+    """The first `n` of the rows within the mask; seldom is it necessary to look at all."""
+    head = rows[: 4 * n]
+    found = head[mask_N[head]][:n]
+    return found if len(found) == n else rows[mask_N[rows]][:n]
 
 
 def _merge(found: Sequence[Ints], sources: tuple[str, ...]) -> Candidates:
