@@ -86,7 +86,8 @@ class Reached:
 
         As the product of sparse matrices, without what that costs: arrays as long as the catalogue.
         """
-        start_E, length_E = counts.indptr[self.item_E], np.diff(counts.indptr)[self.item_E]
+        start_E = counts.indptr[self.item_E]
+        length_E = counts.indptr[self.item_E + 1] - start_E
         end_E = np.concatenate([[0], np.cumsum(length_E, dtype=np.int64)])
         entry = np.arange(end_E[-1]) + np.repeat(start_E - end_E[:-1], length_E)
         weight = counts.data[entry] * np.repeat(self.weight_E, length_E)
