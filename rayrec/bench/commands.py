@@ -40,6 +40,27 @@ def bench_images(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json =
     _show(run(events, rounds), as_json)
 
 
+@bench_app.command("sizing")
+def bench_sizing(
+    preset_: Annotated[str, typer.Option("--preset", help="Whose model: small or base.")] = "small",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=NUMBER", help="Of the shop, or a rate; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a shop needs of machines: arithmetic from measured rates."""
+    from dataclasses import asdict
+
+    from rayrec.bench.sizing import changed, needs, table
+    from rayrec.config import preset
+
+    shop, rates = changed(set_ or [])
+    found = needs(shop, rates, preset(preset_))
+    typer.echo(table(found))
+    if as_json:
+        print_json({"shop": asdict(shop), "rates": asdict(rates), "needs": [asdict(need) for need in found]})
+
+
 @bench_app.command("quality")
 def bench_quality(
     datasets: Annotated[list[str], typer.Argument(metavar="DATASET...", help="Prepared datasets.")],
