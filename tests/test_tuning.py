@@ -15,10 +15,10 @@ from rayrec.training.dials import parse
 from rayrec.training.trial_table import Epoch, Trial, draw, table
 from rayrec.training.tuning import Search, search
 
-CONFIG = with_settings(Config(), TINY)
+CONFIG = with_settings(Config(), [*TINY, "train.epochs=1", "train.fusion_epochs=1", "train.refit_epochs=0"])
 
 
-def of(config: Config, *dials: str, n: int = 3) -> Search:
+def of(config: Config, *dials: str, n: int = 2) -> Search:
     return Search(config, [parse(text, config) for text in dials], n)
 
 
@@ -42,14 +42,13 @@ def test_the_table_has_the_best_first_and_what_failed_last(tmp_path: Path) -> No
 @pytest.mark.ray
 def test_a_search_finds_what_is_better_and_can_be_resumed(cluster: None, tiny_dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "tune"
-    what = of(CONFIG, "train.lr=1e-7,3e-3")
+    what = of(CONFIG, "train.lr=1e-7")
     found = search(str(tiny_dataset), out, what)
     best = found["results"][found["best"]]
     assert found == json.loads((out / "trials.json").read_text())
     assert [result["settings"] for result in found["results"]] == [list(turn) for turn in what.turns()]
     assert best["best"] == max(result["best"] for result in found["results"])
-    idle = next(result for result in found["results"] if result["settings"] == ["train.lr=1e-07"])
-    assert best["best"] > idle["best"]
+    assert best["settings"] == [], "what hardly learns is worse than the preset"
     assert with_file(Config(), out / "best.yaml") == with_settings(CONFIG, best["settings"])
     assert yaml.safe_load((out / "best.yaml").read_text())["preset"] == "small"
 
@@ -59,12 +58,12 @@ def test_a_search_finds_what_is_better_and_can_be_resumed(cluster: None, tiny_da
     with pytest.raises(UsageError, match="holds a search already"):
         search(str(tiny_dataset), out, what)
     with pytest.raises(UsageError, match="had other settings"):
-        search(str(tiny_dataset), out, of(CONFIG, "train.lr=1e-7,1e-3"), resume=True)
+        search(str(tiny_dataset), out, of(CONFIG, "train.lr=1e-6"), resume=True)
 
 
 @pytest.mark.ray
-def test_a_trial_that_fails_is_told_of(cluster: None, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_searched_is_told(cluster: None, tiny_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no search to resume"):
-        search(str(tiny_dataset), tmp_path / "none", of(CONFIG, "train.lr=1e-3,2e-3"), resume=True)
+        search(str(tiny_dataset), tmp_path / "none", of(CONFIG, "train.lr=1e-3"), resume=True)
     with pytest.raises(ResourceError, match="asks for 99 CPUs"):
         search(str(tiny_dataset), tmp_path / "many", Search(CONFIG, [], 1, cpus=99))

@@ -94,5 +94,5 @@ def turns(dials: Sequence[Dial], n: int, seed: int) -> list[list[str]]:
     """
     rng = np.random.default_rng(seed)
     drawn = n - 1
-    share_TD = np.stack([(rng.permutation(drawn) + rng.random(drawn)) / max(1, drawn) for _ in dials], -1)
-    return [[], *([dial.turned(share) for dial, share in zip(dials, row, strict=True)] for row in share_TD.tolist())]
+    ways = [(dial, (rng.permutation(drawn) + rng.random(drawn)) / max(1, drawn)) for dial in dials]
+    return [[], *([dial.turned(share_T[t]) for dial, share_T in ways] for t in range(drawn))]

@@ -7,6 +7,7 @@ In: a dataset, a preset and its dials. Out: a folder with `trials.json`, `table.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ def search(dataset_path: str, out: Path, what: Search, *, resume: bool = False) 
         tune.with_parameters(run_trial, dataset=dataset.path, config=what.config.model_dump()),
         {"cpu": what.cpus, "gpu": what.gpus},
     )
+    logging.getLogger("ray.tune").setLevel(logging.WARNING)
     storage = (out / TRIALS).absolute()
     watcher = Watcher(what.n)
     with watcher, writing(str(out)):
