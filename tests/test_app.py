@@ -288,7 +288,17 @@ def test_more_replicas_than_the_cluster_can_hold_are_refused(cluster: None, bund
         pass
 
 
+def test_a_service_that_does_not_start_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**options: Any) -> None:
+        raise TimeoutError("the proxies are not ready")
+
+    monkeypatch.setattr("ray.serve.start", fails)
+    with pytest.raises(ResourceError, match="did not start: the proxies are not ready"):
+        app._start(None, "127.0.0.1", 8000)
+
+
 @pytest.mark.ray
+@pytest.mark.slow
 def test_replicas_that_do_not_come_up_are_told_of(cluster: None, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="the service did not start"):
         served_with(bundle, tmp_path, loader="nowhere:nothing").__enter__()
