@@ -31,6 +31,8 @@ app = typer.Typer(
 
 
 INTERRUPTED = 130
+LINEAGE = ("dataset", "parent", "code")
+"""What `bundles list` shows of a bundle's lineage; of one that has none written, None."""
 
 
 class Split(str, Enum):
@@ -119,18 +121,21 @@ def prepare(
     raw: Annotated[str, typer.Argument(help="The raw folder, file or glob, or a URI.")],
     dataset: Annotated[str, typer.Argument(help="The dataset folder to write.")],
     map_: Annotated[Path | None, typer.Option("--map", help="YAML that names your columns and actions.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add to DATASET what it does not know of RAW yet.")] = False,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Clean logs, catalogue and images into a dataset. Every row is kept, collapsed, or rejected with its reason."""
     from rayrec.cluster import disconnect, require_absolute
     from rayrec.data.mapping import load_mapping
+    from rayrec.data.pipelines import add as run_on
     from rayrec.data.pipelines import prepare as run
 
     require_absolute(raw, dataset)
     config = with_settings(PrepareConfig(), set_ or [])
+    mapping = load_mapping(map_) if map_ else None
     try:
-        report = run(raw, dataset, config, load_mapping(map_) if map_ else None)
+        report = run_on(raw, dataset, set_ or [], mapping) if add else run(raw, dataset, config, mapping)
     finally:
         disconnect()
     _say_prepared(report, dataset)
@@ -327,7 +332,7 @@ def load(
 
 @bundles_app.command("list")
 def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.")], as_json: Json = False) -> None:
-    """Versions in a BUNDLES folder; the live one is marked."""
+    """Versions in a BUNDLES folder, and where they come from; the live one is marked."""
     from rayrec.bundle import CURRENT, versions
 
     if not bundles.is_dir():
@@ -343,7 +348,10 @@ def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.
             typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  damaged: {row['trouble']}")
             continue
         ndcg = "" if row["ndcg@10"] is None else f"  NDCG@10 {row['ndcg@10']:.4f}"
-        typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  {row['created']}  {row['items']} items{ndcg}")
+        data = "" if row["dataset"] is None else f"  dataset {row['dataset']['id']}"
+        parent = "" if row["parent"] is None else f"  from {row['parent']['version']}"
+        facts = f"{row['created']}  {row['items']} items{ndcg}{data}{parent}"
+        typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  {facts}")
     if as_json:
         print_json({"bundles": found})
 
@@ -442,9 +450,13 @@ def _facts(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text())
         metrics = json.loads((folder / "metrics.json").read_text())
         ndcg = metrics.get("test", {}).get("metrics", {}).get("ndcg@10")
-        return {"created": manifest["created"], "items": manifest["items"], "ndcg@10": ndcg}
+        origin = (
+            json.loads((folder / "lineage.json").read_text()) if "lineage.json" in manifest.get("files", {}) else {}
+        )
+        facts = {"created": manifest["created"], "items": manifest["items"], "ndcg@10": ndcg}
+        return {**facts, **{name: origin.get(name) for name in LINEAGE}}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        return {"created": None, "items": None, "ndcg@10": None, "trouble": str(error)}
+        return {"created": None, "items": None, "ndcg@10": None, **dict.fromkeys(LINEAGE), "trouble": str(error)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -323,7 +323,9 @@ def test_bundles_list_marks_the_live_version(rayrec: Command, tiny_bundles: Path
     (row,) = json.loads(ran.out.splitlines()[-1])["bundles"]
     assert row["live"] is True
     assert row["items"] == 24
+    assert row["parent"] is None
     assert ran.out.startswith(f"* {row['version']}")
+    assert ran.out.splitlines()[0].endswith(f"dataset {row['dataset']['id']}")
 
 
 def test_bundles_list_names_a_damaged_bundle(rayrec: Command, tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_bundles_list_names_a_damaged_bundle(rayrec: Command, tmp_path: Path) ->
     ran = rayrec("bundles", "list", tmp_path, "--json")
     assert ran.code == 0
     whole, damaged = json.loads(ran.out.splitlines()[-1])["bundles"]
-    assert (whole["items"], whole.get("trouble")) == (3, None)
+    assert (whole["items"], whole.get("trouble"), whole["dataset"]) == (3, None, None)
     assert "Expecting" in damaged["trouble"]
     assert "20260102-000000  damaged: " in ran.out
 

@@ -24,6 +24,14 @@ def bench_prepare(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json 
     _show(run(events, rounds), as_json)
 
 
+@bench_app.command("add")
+def bench_add(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
+    """The thirtieth day added to a dataset of 29, against a run over all thirty."""
+    from rayrec.bench.prepare_add import run
+
+    _show(run(events, rounds), as_json)
+
+
 @bench_app.command("train")
 def bench_train(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
     """Ray Train with one worker against the same loop in plain torch."""

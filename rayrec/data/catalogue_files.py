@@ -7,6 +7,7 @@ is read as a whole: it must fit into memory. It must not know events.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ class RawCatalogue:
     """A clean catalogue.
 
     items    items.CATALOGUE_SCHEMA, one row an item
+    files    [K] string, the file of each item
     images   (item_id, image value, file, row) of the rows that name an image
     rejects  REJECT_SCHEMA
     repairs  {what: n}
@@ -38,6 +40,7 @@ class RawCatalogue:
     """
 
     items: pa.Table
+    files: pa.Array
     images: list[tuple[str, str, str, int]]
     rejects: pa.Table
     repairs: dict[str, int]
@@ -69,7 +72,37 @@ def read_catalogue(raw: Raw, mapping: Mapping) -> RawCatalogue:
     for name, n in Counter(cleaned.collapsed_file.to_pylist()).items():
         ledger.of(names.index(name)).collapsed += n
     kept = {names.index(name): n for name, n in Counter(cleaned.kept_file.to_pylist()).items()}
-    return RawCatalogue(cleaned.kept, _images(rows), rejects, cleaned.repairs, ledger.report(names, kept))
+    report = ledger.report(names, kept)
+    return RawCatalogue(cleaned.kept, cleaned.kept_file, _images(rows), rejects, cleaned.repairs, report)
+
+
+def overlaid(old: RawCatalogue, new: RawCatalogue, gone: Set[str]) -> RawCatalogue:
+    """The catalogue of `old` with `new` on top: an item that `new` lists is as it says there, the others stay.
+
+    gone: files of `old` that `new` stands in for, and whose items go. The files of the two bear different names
+    otherwise. An item of `old` that `new` lists again counts as collapsed. Repairs are those of both.
+    """
+    replaced = pc.is_in(old.files, pa.array(sorted(gone), pa.string()))
+    again = pc.and_not(pc.is_in(old.items["item_id"].combine_chunks(), new.items["item_id"].combine_chunks()), replaced)
+    stays = pc.invert(pc.or_(replaced, again))
+    accounts = {file: dict(account) for file, account in old.report["files"].items() if file not in gone}
+    for file, n in Counter(old.files.filter(again).to_pylist()).items():
+        accounts[file]["kept"] -= n
+        accounts[file]["collapsed"] += n
+    accounts |= new.report["files"]
+    total: dict[str, Any] = {
+        name: sum(one[name] for one in accounts.values()) for name in ("read", "kept", "collapsed")
+    }
+    rejected = sum((Counter(one["rejected"]) for one in accounts.values()), Counter[str]())
+    theirs = old.rejects.filter(pc.invert(pc.is_in(old.rejects["file"], pa.array(sorted(gone), pa.string()))))
+    return RawCatalogue(
+        items=pa.concat_tables([old.items.filter(stays), new.items]).combine_chunks(),
+        files=pa.concat_arrays([old.files.filter(stays), new.files]),
+        images=[*new.images, *(image for image in old.images if image[2] not in gone)],
+        rejects=pa.concat_tables([theirs, new.rejects]),
+        repairs=dict(Counter(old.repairs) + Counter(new.repairs)),
+        report={**total, "rejected": dict(sorted(rejected.items())), "files": accounts},
+    )
 
 
 def _columns(piece: Piece, mapping: Mapping, found: list[str]) -> dict[str, str]:

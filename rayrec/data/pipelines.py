@@ -11,8 +11,9 @@ import json
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,44 +21,43 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec import __version__
-from rayrec.cluster import connect, cpus, quiet_data
-from rayrec.config import PrepareConfig, with_settings
-from rayrec.data.catalogue_files import RawCatalogue, read_catalogue
-from rayrec.data.clock import Clock, detect_clock
-from rayrec.data.events import Rules
+from rayrec.cluster import connect, quiet_data
+from rayrec.config import PrepareConfig
+from rayrec.data.catalogue_files import RawCatalogue
+from rayrec.data.clock import Clock
+from rayrec.data.dataset import Dataset
 from rayrec.data.image_shards import ImageDecoder, image_refs
+from rayrec.data.intake import CATALOGUE, INTAKE_VERSION, PICTURES, Intake, as_facts
 from rayrec.data.items import BuiltItems, build_items
 from rayrec.data.ledger import merged
 from rayrec.data.mapping import Mapping
-from rayrec.data.raw import Raw, find_raw, plan, raw_settings, sample_pieces, text_bytes
-from rayrec.data.readers import read_piece
+from rayrec.data.raw import find_raw
 from rayrec.data.sequences import Cuts, k_core, time_cuts
 from rayrec.data.shuffle import read_table, write_table
+from rayrec.data.source import Source, added, fresh, known_images, plan_of, source_catalogue
 from rayrec.data.stages import (
     KEEP,
     CleanResult,
     FinishResult,
-    Plan,
     Result,
+    carry_rejects,
     clean,
+    deal_old,
     engaged_times,
-    event_columns,
     find_repeats,
     finish,
     ingest,
     number,
     source_of,
 )
-from rayrec.data.staging import WORK, Staging, cannot_write
-from rayrec.errors import DataError, RayrecError
-from rayrec.progress import Task
+from rayrec.data.staging import WORK, Folder, Staging, cannot_write
+from rayrec.errors import DataError, RayrecError, ResourceError
+from rayrec.files import read_text
+from rayrec.history import Ints
+from rayrec.progress import Task, step
 from rayrec.schema import DATASET_VERSION, REJECT_SCHEMA
 
 R = TypeVar("R")
-
-PARTITION_BYTES = 48 * 1024 * 1024
-"""Text of the events that one task cleans at a time; it needs about ten times as much memory."""
-SAMPLE_FILES = 5
 
 
 def prepare(raw: str, dataset: str, config: PrepareConfig, mapping: Mapping | None = None) -> dict[str, Any]:
@@ -67,24 +67,37 @@ def prepare(raw: str, dataset: str, config: PrepareConfig, mapping: Mapping | No
     that cannot be used, ResourceError where nothing can be written or no cluster be had. Nothing half-done stays.
     """
     started = time.monotonic()
-    mapping = mapping or Mapping()
-    found = find_raw(raw)
-    config = _completed(config, raw_settings(found))
-    clock, clock_found = _clock(found, mapping, config)
-    rules = Rules.of(config.clean, clock, mapping)
+    return _run(fresh(find_raw(raw), config, mapping or Mapping()), dataset, started)
+
+
+def add(raw: str, dataset: str, settings: Iterable[str] = (), mapping: Mapping | None = None) -> dict[str, Any]:
+    """Add to a finished dataset what `raw` holds that it does not; answers the report of the whole.
+
+    The outcome is what `prepare` makes of the old and the new raw files together. Settings and mapping go on; those
+    that are given must be the same. Raises as `prepare`, and DataError where adding could not give that outcome.
+    """
+    started = time.monotonic()
+    old = Intake.of(dataset)
+    source = added(old, find_raw(raw, events=False), settings, mapping)
+    if source is None:
+        step(f"{dataset}: knows all that {raw} holds, and stays as it is")
+        return dict(json.loads(read_text(old.folder.fs, old.folder.path("report.json")) or "{}"))
+    return _run(source, dataset, started)
+
+
+def _run(source: Source, dataset: str, started: float) -> dict[str, Any]:
     staging = Staging(dataset)
     try:
         with staging as out:
             connect(dashboard=False)
             quiet_data()
-            size = text_bytes(found.events)
-            tasks = tuple(tuple(task) for task in plan(found.fs, found.events, 2 * cpus()))
-            partitions = config.shards or max(-(-size // PARTITION_BYTES), min(cpus(), len(tasks)))
-            run = Run(found, Plan(found.fs, out, tasks, partitions, rules, config), config)
-            report = {**run.report(), "clock": clock, "clock_found": clock_found}
+            run = Run(source, out)
+            report = {**run.report(), "clock": source.clock, "clock_found": source.clock_found}
             report["seconds"] = round(time.monotonic() - started, 2)
             out.json("report.json", report)
-            staging.commit(_facts(report, clock, config))
+            if source.old and Dataset.open(dataset).manifest != source.old.dataset.manifest:
+                raise ResourceError(f"{dataset}: was changed by another run meanwhile, and stays so; run this again")
+            staging.commit({**_facts(report, source.clock, source.config), "intake": run.intake})
             return report
     except OSError as error:
         raise cannot_write(dataset, error) from None
@@ -93,21 +106,26 @@ def prepare(raw: str, dataset: str, config: PrepareConfig, mapping: Mapping | No
 class Run:
     """One run of prepare: the stages in their order. Each reads what the one before has left in the work folder."""
 
-    def __init__(self, raw: Raw, plan: Plan, config: PrepareConfig) -> None:
-        self.raw, self.plan, self.config, self.out = raw, plan, config, plan.out
-        self.names = [file.name for file in raw.events]
+    def __init__(self, source: Source, out: Folder) -> None:
+        self.source, self.raw, self.config, self.old, self.out = source, source.raw, source.config, source.old, out
+        self.plan = plan_of(source, out)
+        self.names = source.names
+        self.intake: dict[str, Any] = {}
 
     def report(self) -> dict[str, Any]:
         """Run all stages; answers `report.json` without the time taken."""
-        catalogue = read_catalogue(self.raw, self.plan.rules.mapping)
+        catalogue, batches = source_catalogue(self.source)
+        kept_items = catalogue.items.append_column("file", catalogue.files)
+        self.out.parquet(CATALOGUE, kept_items, compression="zstd")
         if len(catalogue.rejects):
             self.out.parquet("rejects/items/part-00000.parquet", catalogue.rejects)
         ingested = self._ingest()
         cleaned = self._clean(ingested)
         finished = self._finish(cleaned)
         items = self._items(catalogue, finished)
-        images = self._images(catalogue, items)
-        self._reject_events(ingested)
+        images = self._images(catalogue, items, {file: b["folder"] for b in batches for file in b["names"]})
+        self._reject_events(self._first_rows(ingested))
+        self._note_intake(ingested, catalogue, batches)
 
         ledger = merged(result.ledger for result in [*ingested, *cleaned, *finished])
         kept = sum((result.kept for result in finished), Counter[int]())
@@ -128,12 +146,65 @@ class Run:
         }
 
     def _ingest(self) -> list[Result]:
+        """What each task has read of new files; the first result is of old ones, if there are any."""
         results = list(each("Reading events", partial(ingest, self.plan), len(self.plan.tasks)))
+        if self.old:
+            results = [self._old_events(self.old), *results]
         read = sum(result.ledger.total().read for result in results)
         if not read:
             raise DataError(f"{', '.join(self.names[:5])}: a header and no rows; there is nothing to prepare")
         self._refuse_nothing(results)
         return results
+
+    def _old_events(self, old: Intake) -> Result:
+        """What earlier runs have read, as if it had been read now."""
+        assert self.plan.old is not None
+        pieces = dict(zip((file.name for file in old.files), self.plan.old.number_F.tolist(), strict=True))
+        rejects = pa.concat_tables([REJECT_SCHEMA.empty_table(), *old.tables("rejects/events/rows-")])
+        whole = carry_rejects(self.plan, rejects, pieces, set(old.facts["found"]))
+        for file in old.files:
+            number = pieces[file.name]
+            whole.rows[number] = file.rows
+            whole.ledger.of(int(self.plan.file_of_piece[number])).read += file.rows
+        whole.ledger.repair(old.facts["repairs"])
+        whole.ignored.update(old.facts["ignored"])
+        whole.found.update(old.facts["found"])
+        if self.plan.old.has_event_ids or self.plan.dealt_anew:
+            dealt = each("Dealing out old events", partial(deal_old, self.plan), old.n_partitions)
+            whole.files += [name for result in dealt for name in result.files]
+        return whole
+
+    def _first_rows(self, ingested: list[Result]) -> Ints:
+        """How many rows of its file lie before each piece. [P]"""
+        rows = Counter[int]()
+        for result in ingested:
+            rows.update(result.rows)
+        file_P = self.plan.file_of_piece
+        first_row = np.zeros(len(file_P), np.int64)
+        for n in range(1, len(file_P)):
+            if file_P[n] == file_P[n - 1]:
+                first_row[n] = first_row[n - 1] + rows[n - 1]
+        return first_row
+
+    def _note_intake(self, ingested: list[Result], catalogue: RawCatalogue, batches: list[dict[str, Any]]) -> None:
+        """What a later run needs to know of this one, for the manifest."""
+        ledger = merged(result.ledger for result in ingested)
+        new = {one.name: one for one in self.source.records}
+        known = {one.name: one for one in self.old.files} if self.old else {}
+        files = [replace(new.get(name) or known[name], rows=ledger.of(n).read) for n, name in enumerate(self.names)]
+        self.intake = {
+            "version": INTAKE_VERSION,
+            "partitions": self.plan.n_partitions,
+            "text_bytes": self.source.text_bytes,
+            "mapping": self.plan.rules.mapping.model_dump(mode="json"),
+            "raw_settings": self.source.raw_settings,
+            "clock_found": self.source.clock_found,
+            "found": sorted(set().union(*(result.found for result in ingested))),
+            "ignored": sorted(set().union(*(result.ignored for result in ingested))),
+            "repairs": dict(sorted(ledger.repairs.items())),
+            "files": as_facts(files),
+            "catalogue": {"batches": batches, "report": catalogue.report},
+        }
 
     def _clean(self, ingested: list[Result]) -> list[CleanResult]:
         dealt = [name for result in ingested for name in result.files]
@@ -141,7 +212,8 @@ class Run:
         has_event_ids = any("event_id" in result.found for result in ingested)
         if has_event_ids:
             list(each("Finding repeated events", partial(find_repeats, self.plan, dealt), n))
-        results = list(each("Cleaning visitors", partial(clean, self.plan, dealt, has_event_ids), n))
+        cleaner = partial(clean, self.plan, dealt, has_event_ids, self._first_rows(ingested))
+        results = list(each("Cleaning visitors", cleaner, n))
         self._refuse_nothing([*ingested, *results])
         return results
 
@@ -194,11 +266,20 @@ class Run:
         list(each("Numbering items", partial(number, self.plan, index_of_place), self.plan.n_partitions))
         return items
 
-    def _images(self, catalogue: RawCatalogue, items: BuiltItems) -> dict[str, Any]:
-        """Decode the images of known items; write the item table, which says who has one."""
+    def _images(self, catalogue: RawCatalogue, items: BuiltItems, folder_of: dict[str, str]) -> dict[str, Any]:
+        """Decode the images of known items; write the item table, which says who has one.
+
+        folder_of: the raw folder of each catalogue file.
+        """
         index = dict(zip(items.table["item_id"].to_pylist(), items.table["item_index"].to_pylist(), strict=True))
-        decoder = ImageDecoder(self.raw, self.out, self.config.images, image_refs(self.raw, catalogue.images), index)
+        old = known_images(self.old) if self.old else None
+        refs = image_refs(self.raw, catalogue.images, folder_of, old)
+        decoder = ImageDecoder(self.raw.uri, self.out, self.config.images, refs, index, old)
+        list(each("Moving images", decoder.deal_old, decoder.n_old))
         gallery = decoder.gathered(each("Decoding images", decoder.decode, decoder.n_batches))
+        if old and decoder.refs:
+            step(f"images: {gallery.decoded} decoded, {gallery.taken_over} as they were")
+        self.out.parquet(PICTURES, gallery.known, compression="zstd")
         if len(gallery.rejects):
             self.out.parquet("rejects/images/part-00000.parquet", gallery.rejects)
         has_image = np.zeros(len(items.table), bool)
@@ -208,22 +289,18 @@ class Run:
         self.out.parquet("items/part-00000.parquet", table)
         return gallery.report
 
-    def _reject_events(self, ingested: list[Result]) -> None:
-        """Write the rejected events with their file and row, now that the rows of every piece are counted."""
-        pieces = [piece for task in self.plan.tasks for piece in task]
-        rows = Counter[int]()
-        for result in ingested:
-            rows.update(result.rows)
-        first_row = np.zeros(len(pieces), np.int64)
-        for n in range(1, len(pieces)):
-            if pieces[n].file == pieces[n - 1].file:
-                first_row[n] = first_row[n - 1] + rows[n - 1]
+    def _reject_events(self, first_row: Ints) -> None:
+        """Write the rejected events with their file and row, now that the rows of every piece are counted.
+
+        What a row showed by itself lies apart from what other rows showed: a later run takes over the first.
+        """
         shards = [name for name in self.out.files() if name.startswith(f"{WORK}/rejects-")]
         for n, name in enumerate(shards):
             table = read_table(self.out.fs, self.out.path(name)).sort_by("origin")
             file, row = source_of(table["origin"], self.plan, self.names, first_row)
             rejects = pa.table({"file": file, "row": row, "reason": table["reason"], "raw": table["raw"]})
-            self.out.parquet(f"rejects/events/part-{n:05d}.parquet", rejects.cast(REJECT_SCHEMA))
+            kind = "rows" if name.startswith(f"{WORK}/rejects-ingest") else "visitors"
+            self.out.parquet(f"rejects/events/{kind}-{n:05d}.parquet", rejects.cast(REJECT_SCHEMA))
 
     def _refuse_nothing(self, results: list[Any], kept: int | None = None) -> None:
         """Raise DataError if no row is left, saying why they went."""
@@ -276,33 +353,6 @@ def _outcome(work: Callable[[int], R], number: int) -> R | Exception:
         return work(number)
     except (RayrecError, OSError) as error:
         return error
-
-
-# ---------------------------------------------------------------- before the first task
-
-
-def _clock(raw: Raw, mapping: Mapping, config: PrepareConfig) -> tuple[Clock, Clock]:
-    """The clock to use, and the one that a sample of the first files shows. Raises DataError for missing columns."""
-    times: list[pa.Array] = []
-    for piece in sample_pieces(raw.fs, raw.events[:SAMPLE_FILES]):
-        block = next(read_piece(raw.fs, piece, event_columns(piece, mapping)), None)
-        if block is not None and len(block.rows):
-            times.append(block.rows["timestamp"].combine_chunks()[:10_000])
-    found = detect_clock(pa.concat_arrays(times) if times else pa.array([], pa.string()))
-    return (found if config.clock == "auto" else config.clock), found
-
-
-def _completed(config: PrepareConfig, raw_settings: dict[str, Any]) -> PrepareConfig:
-    """`config` with the raw folder's settings where the user left the default."""
-    mine, default = config.model_dump(), PrepareConfig().model_dump()
-
-    def value(tree: Any, path: str) -> Any:
-        return reduce(lambda node, name: node.get(name) if isinstance(node, dict) else None, path.split("."), tree)
-
-    chosen = [
-        f"{path}={json.dumps(v)}" for path, v in raw_settings.items() if value(mine, path) == value(default, path)
-    ]
-    return with_settings(config, chosen)
 
 
 def _facts(report: dict[str, Any], clock: Clock, config: PrepareConfig) -> dict[str, Any]:

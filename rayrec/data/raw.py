@@ -23,7 +23,7 @@ import yaml
 from rayrec.data.readers import BLOCK_BYTES, WINDOW_BYTES, Piece, RawFile, open_text
 from rayrec.data.records import next_boundary
 from rayrec.errors import DataError, UsageError
-from rayrec.files import filesystem
+from rayrec.files import absolute, filesystem
 
 FORMATS = {
     ".csv": "csv", ".csv.gz": "csv", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".ndjson": "jsonl",
@@ -42,44 +42,47 @@ UNPACKED = {"parquet": 5, "gzip": 7}
 
 @dataclass(frozen=True)
 class Raw:
-    """What a raw folder holds. `images` maps an item's id to its file within `fs`."""
+    """What a raw folder holds. `images` maps an item's id to its file within `fs`; `uri` is the folder to all nodes."""
 
     fs: pafs.FileSystem
     root: str
+    uri: str
     events: tuple[RawFile, ...]
     items: tuple[RawFile, ...]
     images: dict[str, str]
 
 
-def find_raw(raw: str) -> Raw:
+def find_raw(raw: str, *, events: bool = True) -> Raw:
     """Look through a raw folder (or a file or glob of events).
 
-    Raises UsageError if there is nothing at `raw`, DataError if there are no events in it.
+    Raises UsageError if there is nothing at `raw`, DataError if there are no events in it, unless `events` is False.
     """
     try:
-        return _find(raw)
+        return _find(raw, events)
     except OSError as error:
         raise UsageError(f"{raw}: cannot be read ({error})") from None
 
 
-def _find(raw: str) -> Raw:
+def _find(raw: str, events_needed: bool) -> Raw:
     base, pattern = _split_glob(raw)
     fs, root = filesystem(base)
     info = fs.get_file_info(root)
     if info.type == pafs.FileType.NotFound:
         raise UsageError(f"{base}: no such file or folder")
     if info.type == pafs.FileType.File:
-        return Raw(fs, str(PurePosixPath(root).parent), (_raw_file(info, info.base_name),), (), {})
+        folder = absolute(base).rpartition("/")[0]
+        return Raw(fs, str(PurePosixPath(root).parent), folder, (_raw_file(info, info.base_name),), (), {})
     top = fs.get_file_info(pafs.FileSelector(root))
     events = _matching(fs, root, pattern) if pattern else _named(fs, root, top, "events")
     items = _named(fs, root, top, "items")
     if not events and not pattern:
         events = [file for file in _data_files(top, root) if file not in items]
-    if not events:
+    if not events and (pattern or events_needed or not items):
         what = f"no file matches {pattern}" if pattern else "no events.csv, .csv.gz, .jsonl or .parquet, and no events/"
         names = ", ".join(sorted(entry.base_name for entry in top)[:20])
         raise DataError(f"{raw}: {what}; there is: {names or 'nothing'}")
-    return Raw(fs, root, tuple(_not_empty(events, raw)), tuple(items), _images(fs, top))
+    full = _not_empty(events, raw) if events else []
+    return Raw(fs, root, absolute(base), tuple(full), tuple(items), _images(fs, top))
 
 
 def raw_settings(raw: Raw) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def _raw_file(entry: pafs.FileInfo, name: str) -> RawFile:
     suffix = _suffix(entry.base_name)
     if suffix is None:
         raise UsageError(f"{entry.path}: cannot read this kind of file; known are {', '.join(FORMATS)}")
-    return RawFile(entry.path, name, FORMATS[suffix], suffix.endswith(".gz"), entry.size)
+    return RawFile(entry.path, name, FORMATS[suffix], suffix.endswith(".gz"), entry.size, entry.mtime_ns)
 
 
 def _suffix(name: str) -> str | None:

@@ -39,13 +39,14 @@ Choose = Callable[[list[str]], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class RawFile:
-    """One raw file. `path` is within its file system, `name` relative to the raw folder."""
+    """One raw file. `path` is within its file system, `name` relative to the raw folder; `mtime_ns` None: not known."""
 
     path: str
     name: str
     format: str  # csv, jsonl, parquet
     gzipped: bool
     size_bytes: int
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 
 from rayrec.config import PrepareConfig
 from rayrec.data.events import ROW_BITS, ROW_MASK, Rules, canonical_events, with_origin
+from rayrec.data.intake import EVENTS, OldEvents, with_origins
 from rayrec.data.ledger import Ledger
 from rayrec.data.mapping import EVENT_COLUMNS, Mapping, require_event_columns, resolve
 from rayrec.data.readers import BLOCK_BYTES, Block, Choose, Piece, read_piece
@@ -35,23 +36,26 @@ KEEP = "keep"
 
 @dataclass(frozen=True)
 class Plan:
-    """What all tasks of one run share."""
+    """What all tasks of one run share.
+
+    Pieces are numbered through in the order of their files, old ones included: a file that was taken in by an earlier
+    run counts as one piece. numbers: of each task's pieces. file_of_piece: [P] the number of each piece's file.
+    """
 
     raw_fs: pafs.FileSystem
     out: Folder
     tasks: tuple[tuple[Piece, ...], ...]
+    numbers: tuple[tuple[int, ...], ...]
+    file_of_piece: Ints
     n_partitions: int
     rules: Rules
     config: PrepareConfig
+    old: OldEvents | None = None
 
     @property
-    def file_of_piece(self) -> Ints:
-        """The number of each piece's file. Pieces are numbered through, in file order."""
-        return np.array([piece.file for task in self.tasks for piece in task], np.int64)
-
-    def first_piece(self, task: int) -> int:
-        """The number of a task's first piece."""
-        return sum(len(pieces) for pieces in self.tasks[:task])
+    def dealt_anew(self) -> bool:
+        """Whether the old events go to other partitions than they lie in."""
+        return self.old is not None and self.old.n_partitions != self.n_partitions
 
 
 @dataclass
@@ -73,7 +77,7 @@ def ingest(plan: Plan, task: int) -> Result:
     result = Result()
     rejects = Rejects(plan, result.ledger)
     waiting: list[pa.Table] = []
-    for number, piece in enumerate(plan.tasks[task], start=plan.first_piece(task)):
+    for number, piece in zip(plan.numbers[task], plan.tasks[task], strict=True):
         for block in _blocks(plan, piece):
             events, verdict, repairs = canonical_events(block.rows, plan.rules)
             result.ledger.of(piece.file).read += block.read
@@ -85,8 +89,8 @@ def ingest(plan: Plan, task: int) -> Result:
             kept = pa.array(verdict.kept)
             waiting.append(with_origin(events, number, block.row_R).filter(kept))
             if sum(table.nbytes for table in waiting) > BLOCK_BYTES:
-                _deal(plan, task, waiting, result)
-    _deal(plan, task, waiting, result)
+                _deal(plan, f"{task:05d}", waiting, result)
+    _deal(plan, f"{task:05d}", waiting, result)
     rejects.write(f"ingest-{task:05d}")
     return result
 
@@ -112,20 +116,67 @@ def _blocks(plan: Plan, piece: Piece) -> Iterator[Block]:
 _NO_ROWS = pa.table({name: pa.array([], pa.string()) for name in ("user_id", "item_id", "timestamp", "action")})
 
 
-def _deal(plan: Plan, task: int, waiting: list[pa.Table], result: Result) -> None:
-    """Write the waiting events, one batch a partition, and forget them."""
+def _deal(plan: Plan, task: str, waiting: list[pa.Table], result: Result, *, only_ids: bool = False) -> None:
+    """Write the waiting events (or their event ids alone), one batch a partition, and forget them."""
     if not waiting:
         return
     events = pa.concat_tables(waiting, promote_options="default")
     waiting.clear()
-    name = f"{task:05d}-{len(result.files):04d}.arrow"
+    name = f"{task}-{len(result.files):04d}.arrow"
     partition_R = partition_of(events["user_id"], plan.n_partitions)
-    write_partitions(plan.out.fs, plan.out.path(f"{WORK}/dealt-{name}"), events, partition_R, plan.n_partitions)
+    if not only_ids:
+        write_partitions(plan.out.fs, plan.out.path(f"{WORK}/dealt-{name}"), events, partition_R, plan.n_partitions)
     result.files.append(name)
     if "event_id" in events.column_names:
         ids = events.select(["event_id", "origin"]).append_column("partition", pa.array(partition_R))
         of_id = partition_of(events["event_id"], plan.n_partitions)
         write_partitions(plan.out.fs, plan.out.path(f"{WORK}/ids-{name}"), ids, of_id, plan.n_partitions)
+
+
+# ---------------------------------------------------------------- what earlier runs have taken in
+
+
+def deal_old(plan: Plan, part: int) -> Result:
+    """Deal one partition of the old events out anew; where they may stay in it, deal their event ids alone."""
+    assert plan.old is not None
+    result = Result()
+    _deal(plan, f"old-{part:05d}", [plan.old.read(part)], result, only_ids=not plan.dealt_anew)
+    return result
+
+
+def carry_rejects(plan: Plan, rejects: pa.Table, files: dict[str, int], columns: set[str]) -> Result:
+    """Enter what earlier runs rejected for what a row shows by itself, and judge again what lay in the future then.
+
+    rejects: REJECT_SCHEMA. files: the number of the piece that each old file counts as, by its name. columns: the
+    canonical ones that old files have.
+    """
+    result = Result()
+    entered = Rejects(plan, result.ledger)
+    number_R = np.array([files[name] for name in rejects["file"].to_pylist()], np.int64)
+    origin_R = (number_R << ROW_BITS) | rejects["row"].to_numpy().astype(np.int64)
+    late = np.flatnonzero(pc.equal(rejects["reason"], LATE).to_numpy(zero_copy_only=False))
+    reason_R = rejects["reason"].to_pylist()
+    if len(late):
+        rows = [json.loads(raw) for raw in rejects["raw"].take(pa.array(late)).to_pylist()]
+        names = [name for name in EVENT_COLUMNS if name in columns]
+        text = pa.table({name: pa.array([row.get(name) for row in rows], pa.string()) for name in names})
+        events, verdict, repairs = canonical_events(text, plan.rules)
+        for place, code in zip(late.tolist(), verdict.code_R.tolist(), strict=True):
+            reason_R[place] = verdict.reasons[code]
+        turned = "cancel_quantity_made_positive"  # the only repair that is counted of good rows alone
+        result.ledger.repair({turned: repairs[turned]})
+        good = pa.array(verdict.kept)
+        events = events.append_column("origin", pa.array(origin_R[late])).filter(good)
+        _deal(plan, "late", [events] if len(events) else [], result)
+    bad = [place for place, reason in enumerate(reason_R) if reason]
+    raws = rejects["raw"].take(pa.array(bad, pa.int64())).to_pylist()
+    if bad:
+        entered.enter(origin_R[bad], [reason_R[place] for place in bad], raws)
+    entered.write("ingest-old")
+    return result
+
+
+LATE = "time_out_of_window"
 
 
 # ---------------------------------------------------------------- 2. event ids that occur again anywhere
@@ -160,11 +211,19 @@ class CleanResult(Result):
     item_ids: list[str] = field(default_factory=list)
 
 
-def clean(plan: Plan, dealt: list[str], has_event_ids: bool, partition: int) -> CleanResult:
-    """Clean the events of one partition's visitors: repeats, robots, cancelled purchases."""
+def clean(plan: Plan, dealt: list[str], has_event_ids: bool, first_row: Ints, partition: int) -> CleanResult:
+    """Keep the events of one partition's visitors for later runs, then clean them: repeats, robots, cancellations.
+
+    first_row: [P] rows of its file before each piece.
+    """
     result = CleanResult()
     rejects = Rejects(plan, result.ledger)
-    events = read_partition(plan.out.fs, [plan.out.path(f"{WORK}/dealt-{name}") for name in dealt], partition)
+    paths = [path for name in dealt if _exists(plan, path := plan.out.path(f"{WORK}/dealt-{name}"))]
+    there = [plan.old.read(partition)] if plan.old and not plan.dealt_anew else []
+    new = [read_partition(plan.out.fs, paths, partition)] if paths else []
+    events = pa.concat_tables([*there, *new], promote_options="default").combine_chunks()
+    kept = with_origins(events, plan.file_of_piece, first_row)
+    plan.out.parquet(f"{EVENTS}/part-{partition:05d}.parquet", kept, compression="zstd")
     if has_event_ids:
         paths = [plan.out.path(f"{WORK}/repeats-{n:05d}.arrow") for n in range(plan.n_partitions)]
         repeats = read_partition(plan.out.fs, paths, partition)
@@ -299,18 +358,18 @@ class Rejects:
         self.plan, self.ledger = plan, ledger
         self.origins: list[Ints] = []
         self.reasons: list[str] = []
-        self.raws: list[str] = []
+        self.raws: list[str | None] = []
 
     def of_block(self, block: Block, piece: int, code_R: npt.NDArray[np.int16], reasons: list[str]) -> None:
         """Enter the rows of a raw block that have a reason (index into `reasons`, 0 is none), and its broken lines."""
         bad = np.flatnonzero(code_R)
-        self._add(
+        self.enter(
             (np.int64(piece) << ROW_BITS) | block.row_R[bad],
             [reasons[code] for code in code_R[bad].tolist()],
             _as_json(block.rows.take(pa.array(bad))),
         )
         rows = np.array([broken.row for broken in block.broken], np.int64)
-        self._add(
+        self.enter(
             (np.int64(piece) << ROW_BITS) | rows,
             [broken.reason for broken in block.broken],
             [broken.text for broken in block.broken],
@@ -321,9 +380,10 @@ class Rejects:
         names = np.array(["", *ACTIONS], object)
         action = pa.array(names[events["action"].to_numpy()], pa.string())
         rows = events.set_column(events.column_names.index("action"), "action", action).drop_columns(["origin"])
-        self._add(events["origin"].to_numpy(), [reason] * len(events), _as_json(rows))
+        self.enter(events["origin"].to_numpy(), [reason] * len(events), _as_json(rows))
 
-    def _add(self, origins: Ints, reasons: list[str], raws: list[str]) -> None:
+    def enter(self, origins: Ints, reasons: list[str], raws: Sequence[str | None]) -> None:
+        """Enter rows with their reasons and what they held."""
         files = self.plan.file_of_piece[origins >> ROW_BITS]
         reason_R = np.array(reasons, object)
         for reason in dict.fromkeys(reasons):
@@ -339,7 +399,7 @@ class Rejects:
                 {
                     "origin": pa.array(np.concatenate(self.origins)),
                     "reason": pa.array(self.reasons),
-                    "raw": pa.array(self.raws),
+                    "raw": pa.array(self.raws, pa.string()),
                 }
             )
             write_table(self.plan.out.fs, self.plan.out.path(f"{WORK}/rejects-{name}.arrow"), table)

@@ -24,7 +24,8 @@ from rayrec.files import filesystem
 
 WORK = "work"
 FOLDERS = (
-    "sequences", "events", "items", "images", "vocab", "rejects/events", "rejects/items", "rejects/images", WORK,
+    "sequences", "events", "items", "images", "vocab", "rejects/events", "rejects/items", "rejects/images",
+    "intake/events", WORK,
 )  # fmt: skip
 
 

@@ -56,7 +56,8 @@ def withhold(dataset: Dataset, folder: Path, share: float, seed: int) -> Dataset
         (folder / name).mkdir(exist_ok=True)
         pq.write_table(table, folder / name / "0.parquet")
     named = {"share": share, "seed": seed, "from": dataset.path, "items": catalogue.ids[cold].tolist()}
-    (folder / "manifest.json").write_text(json.dumps({**dataset.manifest, "withheld": named}))  # last: now it exists
+    facts = {name: fact for name, fact in dataset.manifest.items() if name != "intake"}  # nothing can be added to it
+    (folder / "manifest.json").write_text(json.dumps({**facts, "withheld": named}))  # last: now it exists
     return Dataset.open(str(folder))
 
 

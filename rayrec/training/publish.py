@@ -26,6 +26,7 @@ from rayrec.data.images import JPEG_QUALITY
 from rayrec.errors import writing
 from rayrec.followers import Followers
 from rayrec.progress import Task
+from rayrec.training.lineage import LINEAGE, lineage
 from rayrec.training.tracking import draw_curves
 
 
@@ -38,11 +39,12 @@ def write_bundle(
     followers: Followers,
     *,
     live: bool = True,
+    origin: dict[str, Any] | None = None,
 ) -> Bundle:
     """Write the bundle of a finished training, and make it the live version if `live`.
 
     checkpoint: folder with model.safetensors, vectors.npy and state.json. followers: counts of all training events, as
-    `Survey.everything` has them.
+    `Survey.everything` has them. origin: its lineage, as it was when the training began; default: `dataset`, no parent.
     """
     history = json.loads((checkpoint / "state.json").read_text())["history"]
     with writing(bundles), BundleWriter(bundles, new_version(bundles)) as writer:
@@ -56,6 +58,7 @@ def write_bundle(
             writer.json(f"vocab/{name}.json", dataset.vocab(name))
         writer.json("vocab/images.json", dataset.manifest["config"]["images"])
         pa.feather.write_feather(thumbnails(dataset.images()), writer.file("images/thumbnails.arrow"), "uncompressed")
+        writer.json(LINEAGE, origin or lineage(dataset, None))
         writer.json("metrics.json", {"training": history})
         draw_curves(history, writer.file("curves.png"))
         writer.file("MODEL_CARD.md").write_text(model_card(config, dataset, catalogue, history))

@@ -33,18 +33,16 @@ class Runs:
             return f"{self.bundles.rstrip('/')}/.runs"
         return str(Path(self.bundles).absolute() / ".runs")
 
-    def begin(self, config: Config) -> str:
-        """Open a new run and remember its settings."""
+    def begin(self, config: Config, parent: Any = None) -> str:
+        """Open a new run and remember its settings, and the record of the bundle that it starts from."""
         run = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{config.preset}"
-        self._write({"run": run, "config": config.model_dump(mode="json")})
+        self._write({"run": run, "config": config.model_dump(mode="json"), "parent": parent})
         return run
 
     def unfinished(self, config: Config) -> str:
         """The run that was not finished. Raises UsageError if there is none, or if it had other settings."""
-        fs, root = filesystem(self.storage)
         try:
-            with fs.open_input_stream(f"{root}/OPEN") as stream:
-                saved = json.loads(stream.read())
+            saved = self._read()
         except (FileNotFoundError, ValueError):
             raise UsageError(f"{self.bundles}: no training to resume; start one without --resume") from None
         if saved["config"] != config.model_dump(mode="json"):
@@ -53,6 +51,15 @@ class Runs:
                 "--set and options, or start anew without --resume"
             )
         return str(saved["run"])
+
+    def parent(self) -> Any:
+        """What the open run remembers of the bundle that it started from."""
+        return self._read().get("parent")
+
+    def _read(self) -> dict[str, Any]:
+        fs, root = filesystem(self.storage)
+        with fs.open_input_stream(f"{root}/OPEN") as stream:
+            return dict(json.loads(stream.read()))
 
     def finish(self, run: str) -> None:
         """Close the run and drop its checkpoints: the bundle has all that is worth keeping."""

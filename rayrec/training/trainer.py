@@ -30,6 +30,7 @@ from rayrec.model.backbone import PACKAGED, pretrained
 from rayrec.model.paper import IMAGE_SIZE
 from rayrec.progress import Task, step
 from rayrec.training.fit import Job
+from rayrec.training.lineage import lineage
 from rayrec.training.publish import write_bundle
 from rayrec.training.runs import Runs
 from rayrec.training.survey import survey
@@ -66,17 +67,20 @@ def train(
     Raises ResourceError at once if the cluster cannot give `config.train.workers`.
     """
     dataset = Dataset.open(dataset_path)
+    parent = Bundle.open(start_from) if start_from else None  # a broken one is refused here, not in a worker
+    origin = lineage(dataset, parent)  # now: while it trains, days may be added to the dataset
     catalogue = dataset.catalogue()
     config = _with_absolute_backbone(config)
     _check_images(dataset, config)
     runs = Runs(bundles)
     unfinished = runs.unfinished(config) if resume else None
+    if unfinished:
+        origin["parent"] = runs.parent()
     connect()
     resources = worker_resources(config, wait_s)
     facts = survey(dataset, len(catalogue), config)
-    if start_from:
-        Bundle.open(start_from)  # a broken one is refused here, not in a worker
-    run = unfinished or runs.begin(config)  # only now: what cannot start must not take the place of what can go on
+    # Only now: what cannot start must not take the place of what can go on.
+    run = unfinished or runs.begin(config, origin["parent"])
     step(f"train: preset {config.preset}, {config.train.workers} worker(s), {len(catalogue)} items, run {run}")
     job = Job(config, dataset.path, facts.first_stage, facts.rows, absolute(start_from) if start_from else None)
     os.environ.setdefault(*POLL)
@@ -104,7 +108,9 @@ def train(
     if result.checkpoint is None:
         raise ResourceError(f"the training ended without a checkpoint; see {runs.storage}/{run}")
     with result.checkpoint.as_directory() as folder:
-        bundle = write_bundle(Path(folder), bundles, dataset, catalogue, config, facts.everything, live=publish)
+        bundle = write_bundle(
+            Path(folder), bundles, dataset, catalogue, config, facts.everything, live=publish, origin=origin
+        )
     runs.finish(run)
     return bundle
 
