@@ -5,6 +5,7 @@ In: a folder or URI. Out: its manifest, catalogue, images and sequences. It must
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from rayrec.files import absolute, filesystem
 from rayrec.schema import DATASET_VERSION, IMAGE_SCHEMA, SEQUENCE_SCHEMA
 
 FORMAT = "rayrec-dataset"
+FOLDERS = ("sequences", "items", "images")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ class Dataset:
     def clock(self) -> str:
         """ "time", "date" or "order"."""
         return str(self.manifest["clock"])
+
+    def fingerprint(self) -> str:
+        """A hash of what the manifest says and of the names and sizes of all shards. Equal where datasets are."""
+        fs, root = filesystem(self.path)
+        infos = fs.get_file_info(pafs.FileSelector(root, recursive=True))
+        places = {info.path.removeprefix(root).lstrip("/"): info.size for info in infos if info.is_file}
+        shards = {place: size for place, size in places.items() if place.partition("/")[0] in FOLDERS}
+        said = json.dumps([self.manifest, shards], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def catalogue(self) -> Catalogue:
         """Every item, in the order of its index."""
