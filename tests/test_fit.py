@@ -258,7 +258,7 @@ def test_who_asks_it_to_end_loses_no_step(dataset: Dataset, midway: Path, tmp_pa
     equal(midway, tmp_path / "second")
 
 
-def test_a_checkpoint_of_another_training_is_refused(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_training_is_refused(dataset: Dataset, fit: Fit, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"other settings: train[.]lr was 0[.]02 and is 0[.]5"):
         train_alone(dataset, tinyshop.tiny("train.lr=0.5"), tmp_path, resume=folder)
     other = tinyshop.write(tmp_path / "dataset", users=20)
@@ -362,6 +362,22 @@ def test_nothing_to_learn_from_is_said(tmp_path: Path) -> None:
     shop = tinyshop.write(tmp_path / "dataset", sequences=pa.Table.from_pylist(lonely, schema=SEQUENCE_SCHEMA))
     with pytest.raises(DataError, match="nothing to learn from"):
         survey(shop, tinyshop.N_ITEMS, tinyshop.tiny())
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_left_out_if_so_wished(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shop = tinyshop.write(tmp_path / "dataset", users=20)
+    bad = tmp_path / "dataset" / "sequences" / "1.parquet"
+    bad.write_bytes(bad.read_bytes()[:-200])
+    config = tinyshop.tiny("train.epochs=1", "train.fusion_epochs=1")
+    with pytest.raises(DataError, match=r"sequences/1[.]parquet: this shard cannot be read.*bad_shards=skip"):
+        survey(shop, tinyshop.N_ITEMS, config)
+    fit = trained(shop, with_settings(config, ["train.bad_shards=skip"]), tmp_path / "out")
+    assert np.isfinite(losses(fit, "retrieval")).all()
+    assert fit.judged is not None
+    assert len(fit.judged) == 10
+    assert "1.parquet: this shard cannot be read" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- calibration

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +90,9 @@ class Dataset:
         table = self.table("items")
         return Catalogue.from_table(table.sort_by("item_index"))
 
-    def sequences(self, columns: list[str] | None = None) -> pa.Table:
-        """All visitors' sequences (schema.SEQUENCE_SCHEMA), in memory."""
-        return self.table("sequences").select(columns or SEQUENCE_SCHEMA.names)
+    def sequences(self, columns: list[str] | None = None, shards: Sequence[str] = ()) -> pa.Table:
+        """All visitors' sequences (schema.SEQUENCE_SCHEMA), in memory. shards: paths of those to read, if not all."""
+        return self.table("sequences", shards).select(columns or SEQUENCE_SCHEMA.names)
 
     def images(self) -> Images:
         """All decoded images, in memory: M * size * size * 3 bytes."""
@@ -119,7 +120,7 @@ class Dataset:
         fs, root = filesystem(self.path)
         return bool(fs.get_file_info(pafs.FileSelector(f"{root}/{folder}", allow_not_found=True)))
 
-    def table(self, folder: str) -> pa.Table:
-        """All shards of one folder as a table."""
+    def table(self, folder: str, shards: Sequence[str] = ()) -> pa.Table:
+        """All shards of one folder as a table, or those at the paths `shards` within the file system."""
         fs, root = filesystem(self.path)
-        return pads.dataset(f"{root}/{folder}", filesystem=fs, format="parquet").to_table()
+        return pads.dataset(list(shards) or f"{root}/{folder}", filesystem=fs, format="parquet").to_table()

@@ -60,6 +60,7 @@ class Job:
     followers: counts of the first stage. rows: rows of each stage in the whole dataset.
     start_from: a bundle whose weights to start from. keep: a folder for what is computed of pictures, for other
     trainings on the same ones. fingerprint: of the dataset (`Dataset.fingerprint`), which every worker must find.
+    shards: of sequences, if not all of them can be read.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class Job:
     start_from: str | None = None
     keep: Path | None = None
     fingerprint: str = ""
+    shards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class Fit:
         self.history: list[dict[str, Any]] = []
         self.spent_s = -time.process_time()  # CPU seconds of the training, of this process and those that it resumes
         self.saved_at = self.looked_at = time.monotonic()
-        self.judged = _sample(self.dataset, config.train) if self.peers.rank == 0 else None
+        self.judged = _sample(self.dataset, config.train, self.job.shards) if self.peers.rank == 0 else None
 
     def run(self) -> None:
         """Run every stage that is not done yet, then hand over the finished model."""
@@ -198,7 +200,7 @@ class Fit:
             model.vector_ND = model.encode_items()
             made = self._rows_to(ListCollate(self._scorer(), device), fusion)
             # Batches that were not asked for to their end cannot be kept: which they are would depend on when.
-            self._stage(fusion, saved, made if train.max_samples else KeptBatches(partial(made, skip=0)))
+            self._stage(fusion, saved, made if train.max_samples else KeptBatches(lambda rng: made(rng, 0)))
             withheld = self.feed.chunks("fusion", np.random.default_rng(train.seed))
             calibrate(model, self._scorer(), withheld, train.seed)  # the refit will know them by heart
             model.vector_ND = None
@@ -480,9 +482,9 @@ def score(metrics: dict[str, float]) -> float:
     return sum(metrics.values()) / len(metrics)
 
 
-def _sample(dataset: Dataset, train: TrainConfig) -> pa.Table:
+def _sample(dataset: Dataset, train: TrainConfig, shards: Sequence[str]) -> pa.Table:
     """Sequences of a seeded sample of the visitors that have a validation target."""
-    sequences = dataset.sequences()
+    sequences = dataset.sequences(shards=shards)
     tested = np.nonzero(np.asarray(sequences["valid_at"]) >= 0)[0]
     chosen = np.random.default_rng(train.seed).permutation(tested)[: train.valid_users]
     return sequences.take(pa.array(np.sort(chosen)))

@@ -28,16 +28,19 @@ from rayrec.training.windows import stage_rows
 
 @dataclass
 class LocalFeed:
-    """Every row of a dataset, in memory."""
+    """Every row of a dataset, in memory; or of some of its shards."""
 
     dataset: Dataset
     config: Config
     kept: dict[str, pa.Table] = field(default_factory=dict)
+    shards: tuple[str, ...] = ()
 
     def chunks(self, table: str, rng: np.random.Generator) -> Iterator[pa.Table]:
         """See `fit.Feed`."""
         if table not in self.kept:
-            self.kept[table] = stage_rows(self.dataset.sequences(), table, self.config).combine_chunks()
+            self.kept[table] = stage_rows(
+                self.dataset.sequences(shards=self.shards), table, self.config
+            ).combine_chunks()
         rows = self.kept[table]
         order = rng.permutation(len(rows))
         for start in range(0, len(rows), ROWS_A_CHUNK):
@@ -111,8 +114,16 @@ def train_alone(
         check(resume)
     facts = survey(dataset, len(dataset.catalogue()), config)
     fit = Fit(
-        Job(config, dataset.path, facts.first_stage, facts.rows, keep=keep, fingerprint=dataset.fingerprint()),
-        LocalFeed(dataset, config),
+        Job(
+            config,
+            dataset.path,
+            facts.first_stage,
+            facts.rows,
+            keep=keep,
+            fingerprint=dataset.fingerprint(),
+            shards=facts.shards,
+        ),
+        LocalFeed(dataset, config, shards=facts.shards),
         Alone(folder, on_epoch),
         resume,
     )

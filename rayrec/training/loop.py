@@ -78,8 +78,8 @@ class Learner:
         total = 0.0
         for place, (batch, scale_K) in enumerate(weighted, 1):
             # The workers' gradients are averaged once, in the last backward pass.
-            alone = place < len(weighted) and hasattr(self.module, "no_sync")
-            with self.module.no_sync() if alone else nullcontext():
+            apart = getattr(self.module, "no_sync", nullcontext) if place < len(weighted) else nullcontext
+            with apart():
                 with self._precision():
                     loss: Tensor = self.module(batch) if scale_K is None else self.module(batch, scale_K)
                 loss.backward()
