@@ -222,6 +222,12 @@ class TrainConfig(Settings):
     refit_epochs: int = Field(1, ge=0, description="of the first stage at last, with what was withheld; 0 is off")
     refit_lr: float = Field(1e-3, gt=0, description="`lr` of these epochs")
     max_samples: int = Field(0, ge=0, description="training samples an epoch; 0 is all")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step, averaged over their targets")
+    checkpoint_s: float = Field(
+        300, ge=0, description="seconds between checkpoints within an epoch; 0: at the end of epochs alone"
+    )
+    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: by time alone")
+    bad_shards: Literal["stop", "skip"] = Field("stop", description="what a shard that cannot be read does")
     workers: int = Field(1, ge=1)
     gpu: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"

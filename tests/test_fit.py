@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from rayrec.config import Config, preset, with_settings
 from rayrec.data.dataset import Dataset
-from rayrec.errors import DataError
+from rayrec.errors import DataError, UsageError
 from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.followers import Followers
 from rayrec.model.recommender import Recommender, build
@@ -25,7 +25,7 @@ from rayrec.model.scorer import Scorer
 from rayrec.schema import HEADS, SEQUENCE_SCHEMA
 from rayrec.training.batches import history_of
 from rayrec.training.calibrate import _platt, calibrate
-from rayrec.training.fit import Fit, Job, Stage
+from rayrec.training.fit import EndedError, Fit, Job, Stage
 from rayrec.training.local import Alone, LocalFeed, train_alone
 from rayrec.training.survey import survey
 from rayrec.training.windows import examples
@@ -119,20 +119,35 @@ class PowerOutError(Exception):
     pass
 
 
-def interrupted(dataset: Dataset, config: Config, folder: Path, stage: str, epoch: int) -> None:
-    """Train until just after the checkpoint of this epoch."""
+def interrupted(
+    dataset: Dataset, config: Config, folder: Path, stage: str, epoch: int, step: int | None = None
+) -> None:
+    """Train until just after the checkpoint of this epoch, or of this step of it."""
     folder.mkdir()
 
     class Unlucky(Alone):
         def report(self, metrics: dict[str, Any], save: Any) -> None:
             super().report(metrics, save)
-            if (metrics["stage"], metrics.get("epoch")) == (stage, epoch):
+            if step is None and (metrics["stage"], metrics.get("epoch")) == (stage, epoch):
+                raise PowerOutError
+
+        def keep(self, place: dict[str, Any], save: Any) -> None:
+            super().keep(place, save)
+            if (place["stage"], place["epoch"], place["step"]) == (stage, epoch, step):
                 raise PowerOutError
 
     facts = survey(dataset, len(dataset.catalogue()), config)
     job = Job(config, dataset.path, facts.first_stage, facts.rows)
     with pytest.raises(PowerOutError):
         Fit(job, LocalFeed(dataset, config), Unlucky(folder)).run()
+
+
+def equal(ours: Path, theirs: Path) -> None:
+    """Bit by bit."""
+    one, other = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, atol=0, rtol=0, msg=name)
+    np.testing.assert_array_equal(*(np.load(path / "vectors.npy") for path in (ours, theirs)))
 
 
 @pytest.mark.parametrize(("stage", "epoch"), [("retrieval", 0), ("retrieval", 2), ("fusion", 0), ("refit", 0)])
@@ -147,9 +162,116 @@ def test_a_resumed_training_ends_with_the_same_weights(
     rest = order[order.index((stage, epoch)) + 1 :]
     assert [(line["stage"], line["epoch"]) for line in lines[:-1]] == rest
     assert [(line["stage"], line["epoch"]) for line in again.history] == order
-    whole, resumed = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "second"))
-    for name, weight in whole.items():
-        torch.testing.assert_close(resumed[name], weight, atol=1e-6, rtol=1e-6, msg=name)
+    equal(folder, tmp_path / "second")
+
+
+MIDWAY = ("train.fusion_epochs=3", "train.epochs=2", "train.refit_epochs=1", "train.image_budget=6",
+          "train.image_refresh=3", "train.negatives=8", "model.event_dropout=0.1")  # fmt: skip
+"""All that is drawn, and what lives between steps: negatives, dropout, pictures encoded anew, lists that are kept."""
+
+
+@pytest.fixture(scope="module")
+def midway(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The end of a training that nobody interrupted, and that wrote no checkpoint within an epoch."""
+    folder = tmp_path_factory.mktemp("midway") / "whole"
+    trained(dataset, tinyshop.tiny(*MIDWAY), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "epoch", "step"),
+    [
+        ("retrieval", 0, 1),
+        ("retrieval", 1, 3),
+        ("retrieval", 1, 4),
+        ("fusion", 0, 2),
+        ("fusion", 2, 1),
+        ("refit", 0, 2),
+    ],
+)
+def test_a_training_resumed_within_an_epoch_ends_with_the_same_weights(
+    dataset: Dataset, midway: Path, tmp_path: Path, stage: str, epoch: int, step: int
+) -> None:
+    every_step = tinyshop.tiny(*MIDWAY, "train.checkpoint_steps=1")
+    interrupted(dataset, every_step, tmp_path / "first", stage, epoch, step)
+    (tmp_path / "second").mkdir()
+    torch.manual_seed(1234)
+    again = train_alone(dataset, tinyshop.tiny(*MIDWAY), tmp_path / "second", resume=tmp_path / "first")
+    equal(midway, tmp_path / "second")
+    whole = json.loads((midway / "state.json").read_text())["history"]
+    names = ("stage", "epoch", "loss", "steps", "samples", "valid_next_ndcg@10")
+    assert [[line[name] for name in names] for line in again.history] == [
+        [line[name] for name in names] for line in whole
+    ]
+
+
+def test_the_papers_model_goes_on_within_an_epoch(tmp_path: Path) -> None:
+    """Which pairs come after a step does not depend on whether those before it were made."""
+    shop = tinyshop.write(tmp_path / "dataset", image_size=128, users=4)
+    rows = {"pairs": len(examples(shop.sequences(), 5))}
+    nothing = sp.csr_array((tinyshop.N_ITEMS + 1,) * 2)
+    fit = Fit(Job(PAPER, shop.path, Followers(nothing, nothing), rows), LocalFeed(shop, PAPER), Alone(tmp_path))
+    whole = list(fit._pairs(np.random.default_rng(0), 0))
+    for skip in (1, 5, 7):
+        rest = list(fit._pairs(np.random.default_rng(0), skip))
+        assert len(rest) == len(whole) - skip
+        for ours, theirs in zip(rest, whole[skip:], strict=True):
+            assert torch.equal(ours.item_P, theirs.item_P)
+            assert torch.equal(ours.history.item_BL, theirs.history.item_BL)
+
+
+def test_checkpoints_within_an_epoch_come_by_time_and_a_short_one_has_none(dataset: Dataset, tmp_path: Path) -> None:
+    kept: list[int] = []
+
+    class Counting(Alone):
+        def keep(self, place: dict[str, Any], save: Any) -> None:
+            kept.append(place["step"])
+
+        def report(self, metrics: dict[str, Any], save: Any) -> None:
+            pass
+
+    short = ("train.epochs=1", "train.fusion_epochs=0", "train.refit_epochs=0")
+    facts = survey(dataset, tinyshop.N_ITEMS, tinyshop.tiny())
+    for setting, expected in (("300", []), ("0.0001", [1, 2, 3, 4, 5])):
+        config = tinyshop.tiny(*short, f"train.checkpoint_s={setting}")
+        job = Job(config, dataset.path, facts.first_stage, facts.rows)
+        Fit(job, LocalFeed(dataset, config), Counting(tmp_path)).run()
+        assert kept == expected
+
+
+def test_who_asks_it_to_end_loses_no_step(dataset: Dataset, midway: Path, tmp_path: Path) -> None:
+    class Asked(Alone):
+        asked = 0
+
+        def ending(self) -> bool:
+            self.asked += 1
+            return self.asked == 7
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    config = tinyshop.tiny(*MIDWAY)
+    facts = survey(dataset, tinyshop.N_ITEMS, config)
+    job = Job(config, dataset.path, facts.first_stage, facts.rows)
+    with pytest.raises(EndedError, match="retrieval 2, step 1"):
+        Fit(job, LocalFeed(dataset, config), Asked(tmp_path / "first")).run()
+    train_alone(dataset, config, tmp_path / "second", resume=tmp_path / "first")
+    equal(midway, tmp_path / "second")
+
+
+def test_a_checkpoint_of_another_training_is_refused(dataset: Dataset, fit: Fit, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"other settings: train[.]lr was 0[.]02 and is 0[.]5"):
+        train_alone(dataset, tinyshop.tiny("train.lr=0.5"), tmp_path, resume=folder)
+    other = tinyshop.write(tmp_path / "dataset", users=20)
+    with pytest.raises(UsageError, match="another dataset"):
+        train_alone(other, tinyshop.tiny(), tmp_path, resume=folder)
+
+
+def test_a_worker_that_finds_another_dataset_says_so(dataset: Dataset, tmp_path: Path) -> None:
+    other = tinyshop.write(tmp_path / "dataset", users=20)
+    facts = survey(dataset, tinyshop.N_ITEMS, tinyshop.tiny())
+    job = Job(tinyshop.tiny(), other.path, facts.first_stage, facts.rows, fingerprint=dataset.fingerprint())
+    with pytest.raises(DataError, match="worker 0 finds another dataset there"):
+        Fit(job, LocalFeed(other, tinyshop.tiny()), Alone(tmp_path))
 
 
 def test_a_training_that_was_done_is_handed_over_again(
@@ -240,6 +362,22 @@ def test_nothing_to_learn_from_is_said(tmp_path: Path) -> None:
     shop = tinyshop.write(tmp_path / "dataset", sequences=pa.Table.from_pylist(lonely, schema=SEQUENCE_SCHEMA))
     with pytest.raises(DataError, match="nothing to learn from"):
         survey(shop, tinyshop.N_ITEMS, tinyshop.tiny())
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_left_out_if_so_wished(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shop = tinyshop.write(tmp_path / "dataset", users=20)
+    bad = tmp_path / "dataset" / "sequences" / "1.parquet"
+    bad.write_bytes(bad.read_bytes()[:-200])
+    config = tinyshop.tiny("train.epochs=1", "train.fusion_epochs=1")
+    with pytest.raises(DataError, match=r"sequences/1[.]parquet: this shard cannot be read.*bad_shards=skip"):
+        survey(shop, tinyshop.N_ITEMS, config)
+    fit = trained(shop, with_settings(config, ["train.bad_shards=skip"]), tmp_path / "out")
+    assert np.isfinite(losses(fit, "retrieval")).all()
+    assert fit.judged is not None
+    assert len(fit.judged) == 10
+    assert "1.parquet: this shard cannot be read" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- calibration

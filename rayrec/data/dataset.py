@@ -5,7 +5,9 @@ In: a folder or URI. Out: its manifest, catalogue, images and sequences. It must
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from rayrec.files import absolute, filesystem
 from rayrec.schema import DATASET_VERSION, IMAGE_SCHEMA, SEQUENCE_SCHEMA
 
 FORMAT = "rayrec-dataset"
+FOLDERS = ("sequences", "items", "images")
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,23 @@ class Dataset:
         """ "time", "date" or "order"."""
         return str(self.manifest["clock"])
 
+    def fingerprint(self) -> str:
+        """A hash of what the manifest says and of the names and sizes of all shards. Equal where datasets are."""
+        fs, root = filesystem(self.path)
+        infos = fs.get_file_info(pafs.FileSelector(root, recursive=True))
+        places = {info.path.removeprefix(root).lstrip("/"): info.size for info in infos if info.is_file}
+        shards = {place: size for place, size in places.items() if place.partition("/")[0] in FOLDERS}
+        said = json.dumps([self.manifest, shards], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
+
     def catalogue(self) -> Catalogue:
         """Every item, in the order of its index."""
         table = self.table("items")
         return Catalogue.from_table(table.sort_by("item_index"))
 
-    def sequences(self, columns: list[str] | None = None) -> pa.Table:
-        """All visitors' sequences (schema.SEQUENCE_SCHEMA), in memory."""
-        return self.table("sequences").select(columns or SEQUENCE_SCHEMA.names)
+    def sequences(self, columns: list[str] | None = None, shards: Sequence[str] = ()) -> pa.Table:
+        """All visitors' sequences (schema.SEQUENCE_SCHEMA), in memory. shards: paths of those to read, if not all."""
+        return self.table("sequences", shards).select(columns or SEQUENCE_SCHEMA.names)
 
     def images(self) -> Images:
         """All decoded images, in memory: M * size * size * 3 bytes."""
@@ -108,7 +120,7 @@ class Dataset:
         fs, root = filesystem(self.path)
         return bool(fs.get_file_info(pafs.FileSelector(f"{root}/{folder}", allow_not_found=True)))
 
-    def table(self, folder: str) -> pa.Table:
-        """All shards of one folder as a table."""
+    def table(self, folder: str, shards: Sequence[str] = ()) -> pa.Table:
+        """All shards of one folder as a table, or those at the paths `shards` within the file system."""
         fs, root = filesystem(self.path)
-        return pads.dataset(f"{root}/{folder}", filesystem=fs, format="parquet").to_table()
+        return pads.dataset(list(shards) or f"{root}/{folder}", filesystem=fs, format="parquet").to_table()

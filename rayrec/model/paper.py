@@ -7,7 +7,7 @@ and a term of the visitor: every visitor gets the same order of items. It is kep
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rayrec.config import Config
 from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.encoders import ItemTable, as_float
+from rayrec.model.losses import nothing
 from rayrec.schema import ACTION_CODE
 
 N_BEHAVIOUR = 10
@@ -81,11 +82,21 @@ class PaperModel(nn.Module):
         self.behaviour = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1024), nn.ReLU())
         self.out = nn.Linear(2048, 1)
 
-    def forward(self, batch: Pairs) -> Tensor:
-        """Binary cross-entropy; each distinct picture and history of the batch is encoded once."""
+    def forward(self, batch: Pairs | None, scale_K: Tensor | None = None) -> Tensor:
+        """Binary cross-entropy; each distinct picture and history of the batch is encoded once.
+
+        As `Recommender.forward`; the loss is one mean.
+        """
+        if batch is None:
+            return nothing(self)
         distinct, place_P = batch.item_P.unique(return_inverse=True)
         logit_P = self._item_term(distinct)[place_P] + self._visitor_term(batch.history)[batch.visitor_P]
-        return F.binary_cross_entropy_with_logits(logit_P + self.out.bias, batch.label_P)
+        loss = F.binary_cross_entropy_with_logits(logit_P + self.out.bias, batch.label_P)
+        return loss if scale_K is None else loss * scale_K.sum()
+
+    def targets(self, batch: Pairs | None) -> Tensor:
+        """Over how many pairs the loss is a mean. [1]."""
+        return torch.tensor([0.0 if batch is None else len(batch)], device=self.items.brand_N.device)
 
     def _item_term(self, item_R: Tensor) -> Tensor:
         """The item's part of the logit; an item without a picture is a black one. [R]."""
@@ -125,6 +136,13 @@ class PaperModel(nn.Module):
 
     def refresh(self) -> None:
         """Nothing is cached between steps."""
+
+    def passing(self) -> dict[str, Tensor]:
+        """Nothing lives between steps."""
+        return {}
+
+    def take_up(self, passing: Mapping[str, Tensor]) -> None:
+        """As `Recommender.take_up`."""
 
     def pretrained_parameters(self) -> list[nn.Parameter]:
         """None."""

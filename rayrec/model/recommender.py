@@ -20,7 +20,7 @@ from rayrec.model.backbone import below, encode, pretrained, reading_size
 from rayrec.model.behaviour import Behaviour, HistoryTensors, last_BD
 from rayrec.model.encoders import Fresh, ItemEncoder, ItemTable, PretrainedCNN, shrink
 from rayrec.model.fusion import Fusion, teaches
-from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, sampled_softmax
+from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, nothing, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
 from rayrec.model.paper import PaperModel
 from rayrec.schema import HEADS
@@ -88,15 +88,29 @@ class Recommender(nn.Module):
         # The fusion trains on frozen vectors; they are set when the first stage is done.
         self.vector_ND: Tensor | None = None
 
-    def forward(self, batch: NextItems | Lists) -> Tensor:
-        """The batch's loss. One entry for both stages, so that a data-parallel wrapper sees every call."""
-        return self._retrieval_loss(batch) if isinstance(batch, NextItems) else self._fusion_loss(batch)
+    def forward(self, batch: NextItems | Lists | None, scale_K: Tensor | None = None) -> Tensor:
+        """The batch's loss. One entry for both stages, so that a data-parallel wrapper sees every call.
+
+        None costs nothing. scale_K: of each of the means that make up the loss, see `targets`.
+        """
+        if batch is None:
+            return nothing(self)
+        loss_K = self._retrieval_loss(batch)[None] if isinstance(batch, NextItems) else self._fusion_losses(batch)
+        return (loss_K if scale_K is None else loss_K * scale_K).sum()
+
+    def targets(self, batch: NextItems | Lists | None) -> Tensor:
+        """Over how many targets each of the means that make up the loss is taken: one mean, or one a head. [K]."""
+        if batch is None:
+            return torch.zeros(1 if self.vector_ND is None else len(HEADS), device=self.items.brand_N.device)
+        if isinstance(batch, NextItems):
+            return (batch.target_BL > 0).sum()[None].float()
+        return teaches(batch.action_B).float().sum(0)
 
     def _retrieval_loss(self, batch: NextItems) -> Tensor:
         real_BL = batch.target_BL > 0
         target_P = batch.target_BL[real_BL]
         if not len(target_P):
-            return sum((p.sum() * 0 for p in self.parameters()), torch.zeros(()))
+            return nothing(self)
         past_BL = batch.history.item_BL
         n_past = past_BL.numel()
         used = torch.cat([past_BL.flatten(), target_P])
@@ -150,7 +164,7 @@ class Recommender(nn.Module):
         chosen = distinct[torch.randperm(len(distinct), device=distinct.device)[:n]]
         return chosen, len(chosen) / max(1, len(distinct))
 
-    def _fusion_loss(self, batch: Lists) -> Tensor:
+    def _fusion_losses(self, batch: Lists) -> Tensor:
         assert self.vector_ND is not None, "set vector_ND before training the fusion"
         with torch.no_grad():
             user_BD = self.encode_users(batch.history, self.vector_ND)
@@ -158,7 +172,7 @@ class Recommender(nn.Module):
         logit_BCH = logit_BCH.masked_fill((batch.candidate_BC == 0)[..., None], -1e4)
         weight_BH = teaches(batch.action_B).float()
         losses = [listwise(logit_BCH[..., h], batch.target_B, weight_BH[:, h]) for h in range(len(HEADS))]
-        return torch.stack(losses).sum()
+        return torch.stack(losses)
 
     def train(self, mode: bool = True) -> Recommender:
         """As every module's; once the vectors are frozen the first stage stays in evaluation mode, without dropout."""
@@ -181,6 +195,18 @@ class Recommender(nn.Module):
         vector_ND = self.item_encoder(self.items)
         self.train(was_training)
         return vector_ND
+
+    def passing(self) -> dict[str, Tensor]:
+        """What lives between steps and is no weight: for going on in the middle of an epoch. Own copies."""
+        if self.item_encoder.cnn is None:
+            return {}
+        return {"image_ND": self.item_encoder.image_ND.clone(), "refreshed": torch.tensor(self.item_encoder.refreshed)}
+
+    def take_up(self, passing: Mapping[str, Tensor]) -> None:
+        """Go on with what `passing` gave."""
+        if passing:
+            self.item_encoder.image_ND.copy_(passing["image_ND"])
+            self.item_encoder.refreshed = int(passing["refreshed"])
 
     def over(self, items: ItemTable) -> Recommender:
         """The same weights over another table of items, in which each item has the row that it had, to serve it."""

@@ -6,6 +6,7 @@ In: tables of `windows`. Out: what a model's `forward` takes. It must not know w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -110,8 +111,19 @@ class KeptBatches:
         self.make = make
         self.kept: list[Lists] | None = None
 
-    def __call__(self, rng: np.random.Generator) -> Iterator[Lists]:
-        """The epoch's batches."""
+    def __call__(self, rng: np.random.Generator, skip: int = 0) -> Iterator[Lists]:
+        """The epoch's batches, without the first `skip`."""
+        return islice(self._epoch(rng), skip, None)
+
+    def catch_up(self, rng: np.random.Generator) -> None:
+        """Be as after the first epoch, whose randomness `rng` was: for a training that goes on in a later one."""
+        size_bytes = 0
+        for batch in self._epoch(rng):
+            size_bytes += batch.nbytes
+            if size_bytes >= KEPT_BYTES:
+                return
+
+    def _epoch(self, rng: np.random.Generator) -> Iterator[Lists]:
         if self.kept is not None:
             yield from (self.kept[place] for place in rng.permutation(len(self.kept)))
             return

@@ -1,14 +1,17 @@
 """The story of a training: stages, epochs, validation, early stop, checkpoints. One worker's view.
 
-In: a `Job`, the worker's `Feed` of rows and its `Peers`. Out: `Report`s; the last one carries the finished model.
+In: a `Job`, the worker's `Feed` of rows and its `Peers`. Out: reports; the last one carries the finished model.
 It must not know Ray: alone in one process it runs as it is.
+
+A training that goes on from a checkpoint, of the end of an epoch or of a step within one, ends with the weights of one
+that was never interrupted: an epoch's rows and what is drawn in it follow from seed, stage, epoch and rank.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -25,6 +28,7 @@ from rayrec.bundle import Bundle
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config, TrainConfig
 from rayrec.data.dataset import Dataset
+from rayrec.errors import DataError, UsageError
 from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.followers import Followers
 from rayrec.model.paper import PaperModel
@@ -39,9 +43,14 @@ from rayrec.training.batches import (
     minibatches,
 )
 from rayrec.training.calibrate import calibrate
-from rayrec.training.loop import EarlyStop, EpochStats, Learner, train_epoch
+from rayrec.training.checkpoints import STATE
+from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, Together, train_epoch
+from rayrec.training.runs import differences
 from rayrec.training.warm_start import warm_start
 from rayrec.training.windows import stages
+
+LOOK_S = 5.0
+"""How often workers ask together whether a machine is about to be taken away."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ class Job:
 
     followers: counts of the first stage. rows: rows of each stage in the whole dataset.
     start_from: a bundle whose weights to start from. keep: a folder for what is computed of pictures, for other
-    trainings on the same ones.
+    trainings on the same ones. fingerprint: of the dataset (`Dataset.fingerprint`), which every worker must find.
+    shards: of sequences, if not all of them can be read.
     """
 
     config: Config
@@ -59,6 +69,8 @@ class Job:
     rows: dict[str, int]
     start_from: str | None = None
     keep: Path | None = None
+    fingerprint: str = ""
+    shards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,22 +88,34 @@ class Stage:
     by_validation: bool = True
 
 
-Batches = Callable[[np.random.Generator], Iterator[Any]]
-"""An epoch's batches, by its randomness."""
+Batches = Callable[[np.random.Generator, int], Iterator[Any]]
+"""An epoch's batches, by its randomness, without the first so many."""
+
+
+class EndedError(Exception):
+    """The training was asked to end, and did so after a checkpoint, from which it can go on."""
+
+    def __init__(self, stage: str, epoch: int, step: int) -> None:
+        super().__init__(f"{stage} {epoch + 1}, step {step}")
 
 
 class Feed(Protocol):
     """Where a worker's rows come from."""
 
     def chunks(self, table: str, rng: np.random.Generator) -> Iterator[pa.Table]:
-        """This worker's rows for a stage of `windows.stages`, once over, in chunks to be shuffled."""
+        """This worker's rows for a stage of `windows.stages`, once over, in chunks to be shuffled.
+
+        The first epoch's, or the later ones', are the same in every training for the same `rng`.
+        """
+
+    def catch_up(self, table: str) -> None:
+        """Be as after the first epoch of `table`: for a training that goes on in a later one."""
 
 
-class Peers(Protocol):
+class Peers(Together, Protocol):
     """What a worker shares with the others."""
 
     rank: int
-    world: int
     device: torch.device
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -103,8 +127,20 @@ class Peers(Protocol):
     def report(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
         """Called by every worker after each epoch; `save` writes the first worker's checkpoint into a folder."""
 
+    def keep(self, place: dict[str, Any], save: Callable[[Path], None]) -> None:
+        """Called by every worker within an epoch; `save` writes this worker's part of a checkpoint into a folder."""
+
     def step(self, stage: str, epoch: int, steps: int, step: int, loss: float) -> None:
         """Show how far this worker is."""
+
+    def ending(self) -> bool:
+        """Whether this worker, or the training, was asked to end."""
+
+    def warned(self) -> bool:
+        """Whether a worker's machine is about to be taken away, and was not when it was asked before.
+
+        Called by every worker at the same step.
+        """
 
 
 @dataclass
@@ -123,6 +159,11 @@ class Fit:
         config = self.job.config
         torch.manual_seed(config.train.seed)
         self.dataset = Dataset.open(self.job.dataset)
+        if self.job.fingerprint and self.dataset.fingerprint() != self.job.fingerprint:
+            raise DataError(
+                f"{self.job.dataset}: worker {self.peers.rank} finds another dataset there than the one that the "
+                "training was started with: every node must see the same files; name a place that all nodes share"
+            )
         self.catalogue: Catalogue = self.dataset.catalogue()
         images = self.dataset.images() if config.model.use_image else None
         item_M, pixels_MHWC = (images.item_M, images.pixels_MHWC) if images else (None, None)
@@ -134,7 +175,8 @@ class Fit:
             warm_start(self.model, self.catalogue, vocab, Bundle.open(self.job.start_from))
         self.history: list[dict[str, Any]] = []
         self.spent_s = -time.process_time()  # CPU seconds of the training, of this process and those that it resumes
-        self.judged = _sample(self.dataset, config.train) if self.peers.rank == 0 else None
+        self.saved_at = self.looked_at = time.monotonic()
+        self.judged = _sample(self.dataset, config.train, self.job.shards) if self.peers.rank == 0 else None
 
     def run(self) -> None:
         """Run every stage that is not done yet, then hand over the finished model."""
@@ -143,11 +185,11 @@ class Fit:
         if isinstance(self.model, PaperModel):
             self._stage(Stage("pairs", train.epochs, train.batch_size, train.lr), saved, self._pairs)
         else:
-            self._two_stages(self.model, saved)
+            self._three_stages(self.model, saved)
         vector_ND = self.model.encode_items().cpu().numpy()
         self.peers.report({"stage": "done"}, lambda folder: self._finish(folder, vector_ND))
 
-    def _two_stages(self, model: Recommender, saved: dict[str, Any] | None) -> None:
+    def _three_stages(self, model: Recommender, saved: dict[str, Any] | None) -> None:
         """Retrieval, the fusion over what it returns, and retrieval once more with what was withheld for the fusion."""
         train, device = self.job.config.train, self.peers.device
         windows = NextItemCollate(model.config.model.max_len, self.dataset.clock, device, device.type == "cuda")
@@ -156,8 +198,9 @@ class Fit:
         if not (saved and "fusion" in saved["finished"]):
             fusion = Stage("fusion", train.fusion_epochs, train.fusion_batch_size, train.lr)
             model.vector_ND = model.encode_items()
-            lists = KeptBatches(self._rows_to(ListCollate(self._scorer(), device), fusion))
-            self._stage(fusion, saved, lists)
+            made = self._rows_to(ListCollate(self._scorer(), device), fusion)
+            # Batches that were not asked for to their end cannot be kept: which they are would depend on when.
+            self._stage(fusion, saved, made if train.max_samples else KeptBatches(lambda rng: made(rng, 0)))
             withheld = self.feed.chunks("fusion", np.random.default_rng(train.seed))
             calibrate(model, self._scorer(), withheld, train.seed)  # the refit will know them by heart
             model.vector_ND = None
@@ -178,42 +221,121 @@ class Fit:
             self.peers.wrap(self.model), parameters, train, stage.epochs * steps, self.peers.device,
             slow=self.model.pretrained_parameters(),
         )  # fmt: skip
-        stopper, first = EarlyStop(train.patience), 0
+        stopper, first, so_far = EarlyStop(train.patience), 0, None
         best = {name: value.clone() for name, value in self.model.state_dict().items()}
         if saved and saved["stage"] == stage.name:
             learner.restore(saved["learner"])
-            stopper, first, best = EarlyStop(train.patience, *saved["stopper"]), saved["epoch"] + 1, saved["best"]
+            stopper, best, within = EarlyStop(train.patience, *saved["stopper"]), saved["best"], saved["within"]
+            first, so_far = saved["epoch"] + (within is None), Progress(**within) if within else None
+            if first:
+                self._catch_up(stage, batches)
         elif stage.name == "fusion":
             stopper.better(score(self._validate(stage)))  # the fusion must beat plain retrieval
         self.model.refresh()
         for epoch in range(first, stage.epochs):
             if stopper.stop and stage.by_validation:
                 break
-            rng = np.random.default_rng([train.seed, len(stage.name), epoch, self.peers.rank])
+            rng = self._rng(stage, epoch)
             torch.manual_seed(int(rng.integers(2**31)))
-            given = islice(batches(rng), steps if train.max_samples else None)
-            stats = train_epoch(learner, stage.name, epoch, given, partial(self.peers.step, stage.name, epoch, steps))
+            done = so_far.steps * train.accumulate if so_far else 0
+            given = islice(batches(rng, done), steps * train.accumulate - done if train.max_samples else None)
+            if saved and so_far:
+                self._take_up(saved["worker"])
+            kept = partial(self._keep, stage, epoch, learner, stopper, best)
+            stats = train_epoch(
+                learner, stage.name, epoch, given, partial(self.peers.step, stage.name, epoch, steps),
+                together=self.peers, so_far=so_far, wishes=self._wishes, heed=kept,
+            )  # fmt: skip
+            so_far = None
             metrics = self._validate(stage)
             if stopper.better(score(metrics)) or not stage.by_validation:
                 best = {name: value.clone() for name, value in self.model.state_dict().items()}
             self._report(stats, metrics, learner, stopper, best)
         self.model.load_state_dict(best)
 
+    def _rng(self, stage: Stage, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self.job.config.train.seed, len(stage.name), epoch, self.peers.rank])
+
+    def _catch_up(self, stage: Stage, batches: Batches) -> None:
+        """Have what a first epoch leaves behind for the later ones."""
+        if isinstance(batches, KeptBatches):
+            first = self._rng(stage, 0)
+            first.integers(2**31)  # as the first epoch did
+            batches.catch_up(first)
+        self.feed.catch_up(stage.name)
+
+    # ---------------------------------------------------------------- within an epoch
+
+    def _wishes(self, progress: Progress) -> Sequence[float]:
+        """After the next step: a checkpoint, the end, a look at whether a machine goes away."""
+        train, now = self.job.config.train, time.monotonic()
+        due = train.checkpoint_s and now - self.saved_at >= train.checkpoint_s
+        due = due or (train.checkpoint_steps and (progress.steps + 1) % train.checkpoint_steps == 0)
+        first = self.peers.rank == 0  # one clock decides
+        return float(first and bool(due)), float(self.peers.ending()), float(first and now - self.looked_at >= LOOK_S)
+
+    def _keep(
+        self,
+        stage: Stage,
+        epoch: int,
+        learner: Learner,
+        stopper: EarlyStop,
+        best: dict[str, Tensor],
+        progress: Progress,
+        wished: Sequence[float],
+    ) -> None:
+        """Write a checkpoint after a step, if any worker wished for one. Raises EndedError if one wished to end."""
+        due, end, look = (wish > 0 for wish in wished)
+        if look:
+            self.looked_at = time.monotonic()
+            due = self.peers.warned() or due
+        if due or end:
+
+            def save(folder: Path) -> None:
+                if self.peers.rank == 0:
+                    self._save(folder, stage.name, epoch, learner, stopper, best, progress)
+                torch.save(self._worker_state(), folder / f"worker-{self.peers.rank}.pt")
+
+            self.peers.keep({"stage": stage.name, "epoch": epoch, "step": progress.steps}, save)
+            self.saved_at = time.monotonic()
+        if end:
+            raise EndedError(stage.name, epoch, progress.steps)
+
+    def _worker_state(self) -> dict[str, Any]:
+        """What each worker has of its own in the middle of an epoch."""
+        state = {"cpu": torch.get_rng_state(), "model": self.model.passing()}
+        if self.peers.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.peers.device)
+        return state
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.peers.device)
+        self.model.take_up(state["model"])
+
+    # ---------------------------------------------------------------- rows and batches
+
     def _rows_to(self, collate: Callable[[pa.Table], Any], stage: Stage) -> Batches:
         """What turns the stage's rows into its batches."""
 
-        def batches(rng: np.random.Generator) -> Iterator[Any]:
-            return map(collate, minibatches(self.feed.chunks(stage.name, rng), stage.batch_size, rng))
+        def batches(rng: np.random.Generator, skip: int) -> Iterator[Any]:
+            rows = minibatches(self.feed.chunks(stage.name, rng), stage.batch_size, rng)
+            return map(collate, islice(rows, skip, None))
 
         return batches
 
-    def _pairs(self, rng: np.random.Generator) -> Iterator[Any]:
+    def _pairs(self, rng: np.random.Generator, skip: int) -> Iterator[Any]:
         config = self.job.config
         collate = PairCollate(
             config.model.max_len, self.dataset.clock, len(self.catalogue), config.train.negatives, self.peers.device
         )
+        each = 1 + collate.negatives
         for rows in minibatches(self.feed.chunks("pairs", rng), config.train.batch_size, rng, bucket=False):
-            yield from collate(rows, rng)
+            own = np.random.default_rng(rng.integers(2**63))  # so that what is skipped need not be drawn
+            if skip < each:
+                yield from islice(collate(rows, own), skip, None)
+            skip = max(0, skip - each)
 
     def _steps(self, stage: Stage) -> int:
         """Steps of an epoch: for the schedule and, with `max_samples`, the limit."""
@@ -223,7 +345,7 @@ class Fit:
             samples *= 1 + (train.negatives or PAPER_NEGATIVES)
         if train.max_samples:
             samples = min(samples, -(-train.max_samples // self.peers.world))
-        return max(1, -(-samples // stage.batch_size))
+        return max(1, -(-samples // (stage.batch_size * train.accumulate)))
 
     def _scorer(self, fused: bool = True) -> Scorer:
         vector_ND = self.model.encode_items().cpu().numpy()
@@ -262,42 +384,88 @@ class Fit:
             **metrics,
         }
         self.history.append(line)
+        self.peers.report(line, lambda folder: self._save(folder, stats.stage, stats.epoch, learner, stopper, best))
+        self.saved_at = time.monotonic()
 
-        def save(folder: Path) -> None:
-            save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
-            save_file(_savable(best), folder / "best.safetensors")
-            torch.save(learner.state(), folder / "learner.pt")
-            state = {
-                "stage": stats.stage,
-                "epoch": stats.epoch,
-                "stopper": [stopper.best, stopper.epochs_since],
-                "finished": _before(stats.stage, self.job.config),
-                "history": self.history,
-                "config": self.job.config.model_dump(),
-            }
-            (folder / "state.json").write_text(json.dumps(state))
+    def _save(
+        self,
+        folder: Path,
+        stage: str,
+        epoch: int,
+        learner: Learner,
+        stopper: EarlyStop,
+        best: dict[str, Tensor],
+        within: Progress | None = None,
+    ) -> None:
+        """All that a training needs to go on after an epoch, or `within` one; but for what each worker has of its own.
 
-        self.peers.report(line, save)
+        "at" grows from checkpoint to checkpoint: stage, epochs done, steps of the next one.
+        """
+        save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
+        save_file(_savable(best), folder / "best.safetensors")
+        torch.save(learner.state(), folder / "learner.pt")
+        finished = _before(stage, self.job.config)
+        state = {
+            "at": [len(finished), epoch + (within is None), within.steps if within else 0],
+            "stage": stage,
+            "epoch": epoch,
+            "within": asdict(within) if within else None,
+            "workers": self.peers.world,
+            "stopper": [stopper.best, stopper.epochs_since],
+            "finished": finished,
+            "history": self.history,
+            "cpu_s": self.spent_s + time.process_time(),
+            "config": self.job.config.model_dump(mode="json"),
+            "dataset": self.job.fingerprint,
+        }
+        (folder / STATE).write_text(json.dumps(state))
 
     def _restore(self) -> dict[str, Any] | None:
-        """The state of an interrupted training, with its weights put into the model; None to begin anew."""
+        """The state of an interrupted training, with its weights put into the model; None to begin anew.
+
+        Raises UsageError for the checkpoint of another training: of other settings, another dataset or more workers.
+        """
         if self.resume is None:
             return None
-        saved: dict[str, Any] = json.loads((self.resume / "state.json").read_text())
+        saved: dict[str, Any] = json.loads((self.resume / STATE).read_text())
+        self._refuse_another(saved)
         self.history = saved["history"]
-        self.spent_s += self.history[-1]["cpu_s"]
+        self.spent_s += saved["cpu_s"]
         self.model.load_state_dict(load_file(self.resume / "model.safetensors"))
         if saved["stage"] == "done":
             return saved
         saved["best"] = {n: v.to(self.peers.device) for n, v in load_file(self.resume / "best.safetensors").items()}
         saved["learner"] = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
+        if saved["within"]:
+            own = self.resume / f"worker-{self.peers.rank}.pt"
+            saved["worker"] = torch.load(own, map_location="cpu", weights_only=True)
         return saved
+
+    def _refuse_another(self, saved: dict[str, Any]) -> None:
+        if others := differences(saved["config"], self.job.config):
+            raise UsageError(f"the checkpoint is of a training with other settings: {'; '.join(others)}")
+        if saved["dataset"] and self.job.fingerprint and saved["dataset"] != self.job.fingerprint:
+            raise UsageError(f"the checkpoint is of a training on another dataset than {self.job.dataset} is now")
+        if saved["within"] and saved["workers"] != self.peers.world:
+            raise UsageError(
+                f"the checkpoint is of {saved['workers']} worker(s) in the middle of an epoch, and {self.peers.world} "
+                "cannot share the rest of it alike: train on as many"
+            )
 
     def _finish(self, folder: Path, vector_ND: np.ndarray) -> None:
         save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
         np.save(folder / "vectors.npy", vector_ND, allow_pickle=False)
-        state = {"stage": "done", "finished": stages(self.job.config), "history": self.history}
-        (folder / "state.json").write_text(json.dumps(state))
+        state = {
+            "at": [len(stages(self.job.config)), 0, 0],
+            "stage": "done",
+            "within": None,
+            "finished": stages(self.job.config),
+            "history": self.history,
+            "cpu_s": self.spent_s + time.process_time(),
+            "config": self.job.config.model_dump(mode="json"),
+            "dataset": self.job.fingerprint,
+        }
+        (folder / STATE).write_text(json.dumps(state))
 
 
 def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -314,9 +482,9 @@ def score(metrics: dict[str, float]) -> float:
     return sum(metrics.values()) / len(metrics)
 
 
-def _sample(dataset: Dataset, train: TrainConfig) -> pa.Table:
+def _sample(dataset: Dataset, train: TrainConfig, shards: Sequence[str]) -> pa.Table:
     """Sequences of a seeded sample of the visitors that have a validation target."""
-    sequences = dataset.sequences()
+    sequences = dataset.sequences(shards=shards)
     tested = np.nonzero(np.asarray(sequences["valid_at"]) >= 0)[0]
     chosen = np.random.default_rng(train.seed).permutation(tested)[: train.valid_users]
     return sequences.take(pa.array(np.sort(chosen)))

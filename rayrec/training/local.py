@@ -5,6 +5,7 @@ In: a dataset and settings. Out: a folder with the finished model, as `publish` 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,37 +19,44 @@ from torch import nn
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
 from rayrec.training.batches import ROWS_A_CHUNK
+from rayrec.training.checkpoints import check, seal
 from rayrec.training.fit import Fit, Job
+from rayrec.training.loop import OneWorker
 from rayrec.training.survey import survey
 from rayrec.training.windows import stage_rows
 
 
 @dataclass
 class LocalFeed:
-    """Every row of a dataset, in memory."""
+    """Every row of a dataset, in memory; or of some of its shards."""
 
     dataset: Dataset
     config: Config
     kept: dict[str, pa.Table] = field(default_factory=dict)
+    shards: tuple[str, ...] = ()
 
     def chunks(self, table: str, rng: np.random.Generator) -> Iterator[pa.Table]:
         """See `fit.Feed`."""
         if table not in self.kept:
-            self.kept[table] = stage_rows(self.dataset.sequences(), table, self.config).combine_chunks()
+            self.kept[table] = stage_rows(
+                self.dataset.sequences(shards=self.shards), table, self.config
+            ).combine_chunks()
         rows = self.kept[table]
         order = rng.permutation(len(rows))
         for start in range(0, len(rows), ROWS_A_CHUNK):
             yield rows.take(pa.array(order[start : start + ROWS_A_CHUNK]))
 
+    def catch_up(self, table: str) -> None:
+        """See `fit.Feed`. Every epoch is alike."""
+
 
 @dataclass
-class Alone:
+class Alone(OneWorker):
     """A worker without others. `folder` receives every checkpoint, the finished model last."""
 
     folder: Path
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
     rank: int = 0
-    world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -63,10 +71,30 @@ class Alone:
     def report(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
         """See `fit.Peers`."""
         self.on_epoch(metrics)
-        save(self.folder)
+        self._put(save)
+
+    def keep(self, place: dict[str, Any], save: Callable[[Path], None]) -> None:
+        """See `fit.Peers`."""
+        self._put(save)
 
     def step(self, stage: str, epoch: int, steps: int, step: int, loss: float) -> None:
         """See `fit.Peers`."""
+
+    def ending(self) -> bool:
+        """See `fit.Peers`. Nobody asks."""
+        return False
+
+    def warned(self) -> bool:
+        """See `fit.Peers`. Nobody warns."""
+        return False
+
+    def _put(self, save: Callable[[Path], None]) -> None:
+        """The files, written aside, take the place of those of the last checkpoint; their seal does so last."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as part:
+            save(Path(part))
+            seal(Path(part))
+            for path in sorted(Path(part).iterdir(), key=lambda path: path.name.startswith("seal-")):
+                path.replace(self.folder / path.name)
 
 
 def train_alone(
@@ -78,11 +106,24 @@ def train_alone(
     keep: Path | None = None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> Fit:
-    """Train in this process; `folder` ends with model.safetensors, vectors.npy and state.json. keep: see `fit.Job`."""
+    """Train in this process; `folder` ends with model.safetensors, vectors.npy and state.json. keep: see `fit.Job`.
+
+    Raises DamagedCheckpointError if `resume` is not whole.
+    """
+    if resume is not None:
+        check(resume)
     facts = survey(dataset, len(dataset.catalogue()), config)
     fit = Fit(
-        Job(config, dataset.path, facts.first_stage, facts.rows, keep=keep),
-        LocalFeed(dataset, config),
+        Job(
+            config,
+            dataset.path,
+            facts.first_stage,
+            facts.rows,
+            keep=keep,
+            fingerprint=dataset.fingerprint(),
+            shards=facts.shards,
+        ),
+        LocalFeed(dataset, config, shards=facts.shards),
         Alone(folder, on_epoch),
         resume,
     )

@@ -1,4 +1,8 @@
-"""The epoch loop, in plain torch: batches in, weights out. It must not know Ray; one process runs it as it is."""
+"""The epoch loop, in plain torch: batches in, weights out. It must not know Ray; one process runs it as it is.
+
+Workers take each step together, however many batches each of them has left, and a step's gradient is that of the mean
+over the targets of all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,17 +68,33 @@ class Learner:
 
     def train_step(self, batch: Any) -> float:
         """One step on one batch; its loss."""
+        return self.step_on([(batch, None)])
+
+    def step_on(self, weighted: Sequence[tuple[Any, Tensor | None]]) -> float:
+        """One step on the sum of what `weighted` batches lose; that sum. See `weigh`."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * self._rate() * group["share"]
         self.optimizer.zero_grad(set_to_none=True)
-        with self._precision():
-            loss: Tensor = self.module(batch)
-        loss.backward()
+        total = 0.0
+        for place, (batch, scale_K) in enumerate(weighted, 1):
+            # The workers' gradients are averaged once, in the last backward pass.
+            apart = getattr(self.module, "no_sync", nullcontext) if place < len(weighted) else nullcontext
+            with apart():
+                with self._precision():
+                    loss: Tensor = self.module(batch) if scale_K is None else self.module(batch, scale_K)
+                loss.backward()
+            total += float(loss.detach())
         if self.config.clip_norm:
             self._clip(self.config.clip_norm)
         self.optimizer.step()
         self.step += 1
-        return float(loss.detach())
+        return total
+
+    def targets(self, batch: Any) -> Tensor:
+        """Over how much each of the means that make up the loss is taken: [K] float32, zeros for no batch."""
+        whole: Any = getattr(self.module, "module", self.module)  # within a data-parallel wrapper
+        targets_K: Tensor = whole.targets(batch)
+        return targets_K
 
     def _clip(self, longest: float) -> None:
         """Shorten the gradient where it is longer. `clip_grad_norm_` writes all of it anew at every step."""
@@ -115,23 +136,97 @@ def rate(step: int, total_steps: int, warmup: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+class Together(Protocol):
+    """The workers that take each step together."""
+
+    world: int
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each of `values`, summed over the workers; every worker calls it at the same place."""
+
+
+class OneWorker:
+    """Nobody else."""
+
+    world = 1
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The values themselves."""
+        return list(values)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an epoch is; what a training that goes on in the middle of it must know."""
+
+    steps: int = 0
+    samples: int = 0
+    total_loss: float = 0.0
+    seconds: float = 0.0
+    wait_s: float = 0.0
+
+
 def train_epoch(
     learner: Learner,
     stage: str,
     epoch: int,
     batches: Iterable[Any],
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    *,
+    together: Together | None = None,
+    so_far: Progress | None = None,
+    wishes: Callable[[Progress], Sequence[float]] = lambda progress: (),
+    heed: Callable[[Progress, Sequence[float]], None] = lambda progress, wished: None,
 ) -> EpochStats:
-    """Train on every batch once. `on_step` hears the step within the epoch and the running mean loss."""
+    """Train on every batch once. `on_step` hears the step within the epoch and the running mean loss.
+
+    so_far: what was done before, if `batches` are the rest of an epoch.
+    wishes: what this worker would like after the next step, as numbers; `heed` hears their sums over the workers after
+    it, on all of them.
+    """
     learner.module.train()
-    started, total_loss, steps, samples, wait_s = time.perf_counter(), 0.0, 0, 0, 0.0
-    for batch, waited_s in timed(batches):
-        wait_s += waited_s
-        total_loss += learner.train_step(batch)
-        steps, samples = steps + 1, samples + len(batch)
-        on_step(steps, total_loss / steps)
-    seconds = time.perf_counter() - started
-    return EpochStats(stage, epoch, total_loss / max(1, steps), steps, samples, seconds, wait_s)
+    workers = together or OneWorker()
+    progress = so_far or Progress()
+    began = time.perf_counter() - progress.seconds
+    waiting = timed(batches)
+    while True:
+        given = list(islice(waiting, learner.config.accumulate))
+        weighted, others, wished = weigh(learner, [batch for batch, _ in given], workers, wishes(progress))
+        if not given and not others:
+            break
+        loss = learner.step_on(weighted)
+        progress = replace(
+            progress,
+            steps=progress.steps + 1,
+            samples=progress.samples + sum(len(batch) for batch, _ in given),
+            total_loss=progress.total_loss + loss,
+            wait_s=progress.wait_s + sum(waited_s for _, waited_s in given),
+            seconds=time.perf_counter() - began,
+        )
+        on_step(progress.steps, progress.total_loss / progress.steps)
+        heed(progress, wished)
+    mean_loss = workers.sum([progress.total_loss])[0] / workers.world / max(1, progress.steps)
+    seconds = time.perf_counter() - began
+    return EpochStats(stage, epoch, mean_loss, progress.steps, progress.samples, seconds, progress.wait_s)
+
+
+def weigh(
+    learner: Learner, batches: Sequence[Any], workers: Together, wishes: Sequence[float]
+) -> tuple[list[tuple[Any, Tensor | None]], bool, list[float]]:
+    """A step's batches with the weights of their losses, whether others have any, and the sums of all wishes.
+
+    Workers' gradients are averaged. A mean over few targets would then weigh as much as one over many; so each of the
+    means that make up a loss is scaled by its share of all targets, times the number of workers. A worker that has no
+    batch left takes part with none (None), and the rest do not wait for it.
+    """
+    if workers.world == 1 and len(batches) <= 1:
+        return [(batch, None) for batch in batches], False, list(workers.sum(wishes))
+    own_BK = [learner.targets(batch) for batch in batches or [None]]
+    own_K = torch.stack(own_BK).sum(0)
+    *sums, others = workers.sum([*own_K.tolist(), *wishes, float(bool(batches))])
+    all_K = torch.tensor(sums[: len(own_K)], device=own_K.device)
+    scales = [workers.world * one_K / all_K.clamp(min=1) for one_K in own_BK]
+    return list(zip(batches or [None], scales, strict=True)), others > 0, sums[len(own_K) :]
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:

@@ -12,12 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrec.config import Config
+from rayrec.config import Config, from_dict
 from rayrec.errors import ResourceError, UsageError
 from rayrec.files import filesystem
 
 LEAST_ROOM_BYTES = 32 * 1024 * 1024
 """Checkpoints and bundle of a small model. With less it is kinder to say so at once than after an epoch."""
+
+
+TEACH_NOTHING = ("checkpoint_s", "checkpoint_steps", "tracker", "bad_shards")
+"""Settings of `TrainConfig` that a training may change when it goes on: it learns the same."""
+
+
+def differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """How the settings of a saved training differ from `config`, but for those that teach nothing."""
+    was, now = (from_dict(Config, tree).model_dump(mode="json") for tree in (saved, config.model_dump()))
+    found = [] if was["preset"] == now["preset"] else [f"preset was {was['preset']} and is {now['preset']}"]
+    return found + [
+        f"{group}.{name} was {was[group][name]} and is {value}"
+        for group in ("model", "train")
+        for name, value in now[group].items()
+        if was[group][name] != value and name not in TEACH_NOTHING
+    ]
 
 
 @dataclass(frozen=True)
@@ -33,22 +49,30 @@ class Runs:
             return f"{self.bundles.rstrip('/')}/.runs"
         return str(Path(self.bundles).absolute() / ".runs")
 
-    def begin(self, config: Config, parent: Any = None) -> str:
-        """Open a new run and remember its settings, and the record of the bundle that it starts from."""
+    def begin(self, config: Config, dataset: str = "", parent: Any = None) -> str:
+        """Open a new run and remember its settings, its dataset's fingerprint, and the record of its parent bundle."""
         run = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{config.preset}"
-        self._write({"run": run, "config": config.model_dump(mode="json"), "parent": parent})
+        self._write({"run": run, "config": config.model_dump(mode="json"), "dataset": dataset, "parent": parent})
         return run
 
-    def unfinished(self, config: Config) -> str:
-        """The run that was not finished. Raises UsageError if there is none, or if it had other settings."""
+    def unfinished(self, config: Config, dataset: str = "") -> str:
+        """The run that was not finished.
+
+        Raises UsageError if there is none, or if it had other settings, or another dataset.
+        """
         try:
             saved = self._read()
         except (FileNotFoundError, ValueError):
             raise UsageError(f"{self.bundles}: no training to resume; start one without --resume") from None
-        if saved["config"] != config.model_dump(mode="json"):
+        if others := differences(saved["config"], config):
             raise UsageError(
-                f"{self.bundles}: the training to resume ({saved['run']}) had other settings; give the same preset, "
-                "--set and options, or start anew without --resume"
+                f"{self.bundles}: the training to resume ({saved['run']}) had other settings: {'; '.join(others)}; "
+                "give the same preset, --set and options, or start anew without --resume"
+            )
+        if dataset and saved.get("dataset", dataset) != dataset:
+            raise UsageError(
+                f"{self.bundles}: the training to resume ({saved['run']}) had another dataset, or this one has "
+                "changed; give the same, or start anew without --resume"
             )
         return str(saved["run"])
 

@@ -5,9 +5,12 @@ In: a dataset and settings. Out: what a `Job` needs. It must not know models or 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import pyarrow.dataset as pads
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from rayrec.config import Config
@@ -17,7 +20,7 @@ from rayrec.data.training_events import TrainingEvents
 from rayrec.errors import DataError
 from rayrec.files import filesystem
 from rayrec.followers import Followers
-from rayrec.progress import Task
+from rayrec.progress import Task, step
 from rayrec.training.windows import first_stage_events, only_read, stage_rows, stages
 
 
@@ -26,18 +29,40 @@ class Survey:
     """rows: training rows of each stage. first_stage: counts without the events that teach the fusion.
 
     everything: counts of all training events, for serving. Of both the strongest only, so that the fusion learns from
-    the counts that it will be served with.
+    the counts that it will be served with. shards: paths of what was read, see `read_shards`.
     """
 
     rows: dict[str, int]
     first_stage: Followers
     everything: Followers
+    shards: tuple[str, ...]
+
+
+def read_shards(dataset: Dataset, skip: bool = False) -> Iterator[tuple[str, pa.Table]]:
+    """Each shard of sequences with its path within its file system, in order of the paths.
+
+    Raises DataError that names one which cannot be read, unless such are to be skipped: then it is said.
+    """
+    fs, root = filesystem(dataset.path)
+    for info in sorted(fs.get_file_info(pafs.FileSelector(f"{root}/sequences")), key=lambda info: info.path):
+        if not info.path.endswith(".parquet"):
+            continue
+        try:
+            table = pq.read_table(info.path, filesystem=fs, partitioning=None)
+        except (pa.ArrowException, OSError) as error:
+            what = f"{info.path}: this shard cannot be read ({str(error).splitlines()[0]})"
+            if not skip:
+                raise DataError(f"{what}; prepare again, or leave it out: --set train.bad_shards=skip") from None
+            step(f"train: {what} and is left out")
+        else:
+            yield info.path, table
 
 
 def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
     """Read every shard of sequences once; memory holds one shard and the counts.
 
-    Raises DataError if nothing can be learned: no visitor has two training events, or all that have teach the fusion.
+    Raises DataError for a shard that cannot be read (see `TrainConfig.bad_shards`), or if nothing can be learned: no
+    visitor has two training events, or all that have teach the fusion.
     """
     empty = sp.csr_array((n_items + 1, n_items + 1))
     first_stage = everything = Followers(empty, empty)
@@ -46,11 +71,11 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
     share = config.train.fusion_holdout
     # How long a history is changes the number of windows, not that of examples.
     brief = config.model_copy(update={"model": config.model.model_copy(update={"max_len": 1})})
-    fs, root = filesystem(dataset.path)
-    shards = list(pads.dataset(f"{root}/sequences", filesystem=fs, format="parquet").get_fragments())
-    with Task("survey (shards)", len(shards)) as task:
-        for shard in shards:
-            table = only_read(shard.to_table(), config.model.actions)
+    shards = []
+    with Task("survey (shards)") as task:
+        for path, sequences in read_shards(dataset, skip=config.train.bad_shards == "skip"):
+            shards.append(path)
+            table = only_read(sequences, config.model.actions)
             events = TrainingEvents.of(table)
             everything = everything + count_followers(events.item_E, events.offsets, n_items)
             if not paper:
@@ -60,7 +85,7 @@ def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:
             task.advance()
     if not next(iter(rows.values())):
         raise DataError(f"{dataset.path}: nothing to learn from: {_why_nothing(rows, share)}")
-    return Survey(rows, first_stage.kept(), everything.kept())
+    return Survey(rows, first_stage.kept(), everything.kept(), tuple(shards))
 
 
 def _why_nothing(rows: dict[str, int], share: float) -> str:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayrec.bundle import Bundle
 from rayrec.cluster import connect
@@ -33,7 +32,8 @@ from rayrec.training.fit import Job
 from rayrec.training.lineage import lineage
 from rayrec.training.publish import write_bundle
 from rayrec.training.runs import Runs
-from rayrec.training.survey import survey
+from rayrec.training.stopping import GO_ON, Asked, TerminatedError, Trainer, Workers
+from rayrec.training.survey import read_shards, survey
 from rayrec.training.tracking import open_trackers
 from rayrec.training.windows import stage_rows, stages
 from rayrec.training.workers import Board, train_worker
@@ -47,6 +47,14 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 # How often Ray Train asks its workers for reports. At its default of 2 s short epochs wait for it, and an epoch that
 # was reported just before a worker failed is lost.
 POLL = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+# Ray Train's own memory of a run's checkpoints. It refuses to start where one of them is gone; ours are found by what
+# lies there (`checkpoints.newest`).
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+# Rows in the order of their shards, and none of them where a worker happens to be near: what a worker gets, and when,
+# must not depend on which task was quicker.
+IN_ORDER = ray.data.ExecutionOptions(preserve_order=True)
 
 
 def train(
@@ -72,22 +80,33 @@ def train(
     catalogue = dataset.catalogue()
     config = _with_absolute_backbone(config)
     _check_images(dataset, config)
-    runs = Runs(bundles)
-    unfinished = runs.unfinished(config) if resume else None
+    runs, fingerprint = Runs(bundles), dataset.fingerprint()
+    unfinished = runs.unfinished(config, fingerprint) if resume else None
     if unfinished:
         origin["parent"] = runs.parent()
     connect()
     resources = worker_resources(config, wait_s)
     facts = survey(dataset, len(catalogue), config)
+    rows = next(iter(facts.rows.values()))
+    if rows < config.train.workers:
+        raise UsageError(
+            f"{dataset.path}: {rows} row(s) to learn from cannot be shared by {config.train.workers} workers"
+        )
+    if unfinished:
+        _forget(runs, unfinished)
     # Only now: what cannot start must not take the place of what can go on.
-    run = unfinished or runs.begin(config, origin["parent"])
+    run = unfinished or runs.begin(config, fingerprint, origin["parent"])
     step(f"train: preset {config.preset}, {config.train.workers} worker(s), {len(catalogue)} items, run {run}")
-    job = Job(config, dataset.path, facts.first_stage, facts.rows, absolute(start_from) if start_from else None)
+    start = absolute(start_from) if start_from else None
+    job = Job(
+        config, dataset.path, facts.first_stage, facts.rows, start, fingerprint=fingerprint, shards=facts.shards
+    )  # fmt: skip
     os.environ.setdefault(*POLL)
     board = Board.remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
+    asked = Asked(board)
+    trainer = Trainer(
         train_worker,
-        train_loop_config={"job": ray.put(job), "board": board},
+        train_loop_config={"job": ray.put(job), "board": board, "storage": f"{runs.storage}/{run}"},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers, use_gpu=config.train.gpu, resources_per_worker=resources
         ),
@@ -98,13 +117,19 @@ def train(
             failure_config=ray.train.FailureConfig(max_failures=2),
             worker_runtime_env={"env_vars": ALLOCATOR},  # type: ignore[call-arg]
         ),
-        torch_config=TorchConfig(backend="nccl" if config.train.gpu else "gloo"),
-        datasets=_tables(dataset, config),
+        torch_config=Workers(backend="nccl" if config.train.gpu else "gloo"),
+        datasets=_tables(dataset, config, list(facts.shards)),
         # What is split has a coordinator, a process for each table; one worker does without.
-        dataset_config=ray.train.DataConfig(datasets_to_split="all" if config.train.workers > 1 else []),
+        dataset_config=ray.train.DataConfig(
+            datasets_to_split="all" if config.train.workers > 1 else [], execution_options=IN_ORDER
+        ),
+        asked=asked,
     )
-    with _progress(board, bundles, run, config), writing(bundles):
-        result = _fit(trainer)
+    with asked.by_sigterm():
+        with _progress(board, bundles, run, config), writing(bundles):
+            result = _fit(trainer, dataset)
+        if place := ray.get(board.ended_at.remote()):
+            _ended(asked, place)
     if result.checkpoint is None:
         raise ResourceError(f"the training ended without a checkpoint; see {runs.storage}/{run}")
     with result.checkpoint.as_directory() as folder:
@@ -115,10 +140,29 @@ def train(
     return bundle
 
 
-def _tables(dataset: Dataset, config: Config) -> dict[str, Any]:
+def _ended(asked: Asked, place: str) -> None:
+    """Raise what befits a training that ended early, because somebody wanted it to."""
+    if asked.by == signal.SIGINT:
+        step(f"train: stopped at {place}: {GO_ON}")
+        raise KeyboardInterrupt
+    if asked.by == signal.SIGTERM:
+        raise TerminatedError(f"ended by SIGTERM at {place}: {GO_ON}")
+    raise ResourceError(f"a worker got SIGTERM, and the training ended at {place}: {GO_ON}")
+
+
+def _forget(runs: Runs, run: str) -> None:
+    fs, root = filesystem(f"{runs.storage}/{run}/{SNAPSHOT}")
+    with suppress(FileNotFoundError):
+        fs.delete_file(root)
+
+
+def _tables(dataset: Dataset, config: Config, shards: list[str]) -> dict[str, Any]:
     """The rows of each stage, made from sequence shards as they are asked for."""
-    fs, root = filesystem(dataset.path)
-    sequences = ray.data.read_parquet(f"{root}/sequences", filesystem=fs)
+    fs, _ = filesystem(dataset.path)
+    if config.train.bad_shards == "skip":
+        ray.data.DataContext.get_current().max_errored_blocks = len(shards)
+    # A block a shard: how many CPUs there are must not decide which rows are whose.
+    sequences = ray.data.read_parquet(shards, filesystem=fs, override_num_blocks=len(shards))
 
     def rows(stage: str) -> ray.data.Dataset:
         make = partial(stage_rows, stage=stage, config=config)
@@ -177,7 +221,7 @@ def _check_images(dataset: Dataset, config: Config) -> None:
         )
 
 
-def _fit(trainer: TorchTrainer) -> ray.train.Result:
+def _fit(trainer: Trainer, dataset: Dataset) -> ray.train.Result:
     """Train. Ctrl-C is a KeyboardInterrupt, and an error that a user can mend is itself, out of Ray's wrapping."""
     ours = signal.getsignal(signal.SIGINT)
     try:
@@ -187,7 +231,11 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
     except ray.train.TrainingFailedError as error:
         failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
         causes = [getattr(failure, "_base_exc", failure) for failure in failures]
-        raise next((cause for cause in causes if isinstance(cause, RayrecError | OSError)), error) from None
+        if mendable := next((cause for cause in causes if isinstance(cause, RayrecError | OSError)), None):
+            raise mendable from None
+        for _ in read_shards(dataset):  # Ray Data does not name the shard that it could not read
+            pass
+        raise
     finally:
         if signal.getsignal(signal.SIGINT) != ours:
             signal.signal(signal.SIGINT, ours)
@@ -200,12 +248,14 @@ def _progress(board: Any, bundles: str, run: str, config: Config) -> Iterator[No
     trackers = open_trackers(config.train.tracker, bundles, run, config)
 
     def watch() -> None:
-        read = 0
+        read = noted = 0
         with Task("train (steps)") as task:
             while True:
                 last = over.wait(0.5)
-                shown, epochs = ray.get(board.read.remote(read))
-                read += len(epochs)
+                shown, epochs, notes = ray.get(board.read.remote(read, noted))
+                read, noted = read + len(epochs), noted + len(notes)
+                for note in notes:
+                    step(f"train: {note}")
                 if shown:
                     task.title = f"train {shown.stage} {shown.epoch + 1}"
                     task.update(shown.step, f"loss {shown.loss:.3f}", shown.steps)

@@ -18,16 +18,16 @@ import torch
 import yaml
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from torch import nn
 
 from rayrec.cluster import connect, cpus
 from rayrec.config import Config, with_settings
 from rayrec.data.dataset import Dataset
 from rayrec.errors import ResourceError, UsageError, writing
 from rayrec.progress import Task, step
+from rayrec.training.checkpoints import check
 from rayrec.training.dials import Dial, turns
 from rayrec.training.fit import Fit, Job, score
-from rayrec.training.local import LocalFeed
+from rayrec.training.local import Alone, LocalFeed
 from rayrec.training.survey import survey
 from rayrec.training.trial_table import Epoch, Trial, draw, table
 
@@ -140,34 +140,21 @@ def run_trial(given: Mapping[str, Any], dataset: str, config: Mapping[str, Any])
     torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().required_resources["CPU"])))
     opened = Dataset.open(dataset)
     facts = survey(opened, len(opened.catalogue()), settings)
-    job = Job(settings, opened.path, facts.first_stage, facts.rows)
-    with tempfile.TemporaryDirectory() as scratch:
+    job = Job(settings, opened.path, facts.first_stage, facts.rows, fingerprint=opened.fingerprint())
+    device = torch.device("cuda" if settings.train.gpu else "cpu")
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
         checkpoint = tune.get_checkpoint()
         resume = Path(checkpoint.to_directory(scratch)) if checkpoint else None
-        Fit(job, LocalFeed(opened, settings), Reporting(settings.train.gpu), resume).run()
+        if resume is not None:
+            check(resume)
+        Fit(job, LocalFeed(opened, settings), Reporting(Path(folder), device=device), resume).run()
 
 
 @dataclass
-class Reporting:
-    """A worker without others, whose epochs Ray Tune hears of."""
+class Reporting(Alone):
+    """A worker without others, whose epochs Ray Tune hears of; `folder` is for what it is given then."""
 
-    gpu: bool
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(init=False)
     line: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.device = torch.device("cuda" if self.gpu else "cpu")
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """See `fit.Peers`."""
-        return model
-
-    def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
-        """See `fit.Peers`."""
-        assert value is not None
-        return value
 
     def report(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
         """See `fit.Peers`."""
@@ -176,12 +163,12 @@ class Reporting:
         if judged and metrics["stage"] != "refit":
             now = score(judged)
             self.line = {"now": now, "best": max(now, self.line.get("best", now)), "cpu_s": metrics["cpu_s"]}
-        with tempfile.TemporaryDirectory() as folder:
-            save(Path(folder))
-            tune.report({**self.line, "stage": metrics["stage"]}, checkpoint=tune.Checkpoint.from_directory(folder))
+        super().report(metrics, save)
+        line = {**self.line, "stage": metrics["stage"]}
+        tune.report(line, checkpoint=tune.Checkpoint.from_directory(self.folder))
 
-    def step(self, stage: str, epoch: int, steps: int, step: int, loss: float) -> None:
-        """See `fit.Peers`."""
+    def keep(self, place: dict[str, Any], save: Callable[[Path], None]) -> None:
+        """See `fit.Peers`. A trial goes on from the end of an epoch."""
 
 
 class Watcher(tune.Callback):

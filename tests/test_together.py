@@ -1,0 +1,209 @@
+"""Several workers: their gradient is one worker's on all that they hold, and none waits for another's batches."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinyshop
+import torch
+from torch import Tensor, nn
+
+from rayrec.model.behaviour import HistoryTensors
+from rayrec.model.candidates import FOLLOW_FEATURES
+from rayrec.model.recommender import Lists, NextItems, Recommender, build
+from rayrec.schema import ACTION_CODE
+from rayrec.training.batches import history_of
+from rayrec.training.loop import Learner, train_epoch, weigh
+from rayrec.training.windows import examples, next_item_windows
+
+CPU = torch.device("cpu")
+PLAIN = ("model.dropout=0", "model.id_dropout=0", "model.use_image=false", "train.clip_norm=0")
+
+
+class Others:
+    """The sums over workers, of which this is one, as they would be: `sums` are those of the others."""
+
+    def __init__(self, world: int, sums: Sequence[float]) -> None:
+        self.world, self.sums = world, sums
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return [a + b for a, b in zip(values, self.sums, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Recommender:
+    shop = tinyshop.write(tmp_path_factory.mktemp("shop") / "dataset")
+    torch.manual_seed(0)
+    found = build(tinyshop.tiny(*PLAIN), shop.catalogue())
+    assert isinstance(found, Recommender)
+    return found
+
+
+def gradients(model: Recommender, batches: Sequence[Any], others: Others | None = None) -> dict[str, Tensor]:
+    """Of a step on `batches`."""
+    learner = Learner(model, list(model.parameters()), model.config.train, 10, CPU)
+    model.zero_grad(set_to_none=True)
+    if others is None:
+        model(batches[0]).backward()
+    else:
+        for batch, scale_K in weigh(learner, batches, others, ())[0]:
+            model(batch, scale_K).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def windows(n: int) -> NextItems:
+    rows = next_item_windows(tinyshop.sequence_table(), 10, 0.3)[:n]
+    history = HistoryTensors.of(history_of(rows, 10, "time"), CPU)
+    target_BL = torch.zeros_like(history.item_BL)
+    for row, targets in enumerate(rows["target"].to_pylist()):
+        target_BL[row, : len(targets)] = torch.tensor(targets)
+    return NextItems(history, target_BL)
+
+
+def part(batch: Any, rows: slice) -> Any:
+    """Some rows of a batch."""
+    history = HistoryTensors(**{name: value[rows] for name, value in vars(batch.history).items()})
+    return type(batch)(history, *(value[rows] for name, value in vars(batch).items() if name != "history"))
+
+
+def lists(n: int) -> Lists:
+    rows = examples(tinyshop.sequence_table(), 10)[:n]
+    draw = torch.Generator().manual_seed(0)
+    action_B = torch.tensor([ACTION_CODE["purchase" if place % 3 == 0 else "view"] for place in range(n)])
+    return Lists(
+        HistoryTensors.of(history_of(rows, 10, "time"), CPU),
+        torch.randint(1, tinyshop.N_ITEMS, (n, 6), generator=draw),
+        torch.rand(n, 6, FOLLOW_FEATURES, generator=draw),
+        torch.randint(0, 6, (n,), generator=draw),
+        action_B,
+    )
+
+
+@pytest.mark.parametrize("kind", ["windows", "lists"])
+def test_two_workers_with_uneven_batches_have_the_gradient_of_one_with_both(model: Recommender, kind: str) -> None:
+    """A mean of their two means would have another: one holds three rows and the other nine."""
+    model.eval()  # the fusion drops out
+    batch: Any = windows(12) if kind == "windows" else lists(12)
+    model.vector_ND = None if kind == "windows" else model.encode_items()
+    halves = [part(batch, slice(0, 3)), part(batch, slice(3, 12))]
+    whole = gradients(model, [batch])
+    seen = [model.targets(half).tolist() for half in halves]
+    ours = [gradients(model, [half], Others(2, [*seen[1 - n], 1.0])) for n, half in enumerate(halves)]
+    mean_of_means = [gradients(model, [half]) for half in halves]
+    differs = False
+    for name, gradient in whole.items():
+        zero = torch.zeros_like(gradient)
+        averaged = sum(one.get(name, zero) for one in ours) / 2
+        torch.testing.assert_close(averaged, gradient, atol=1e-6, rtol=1e-4, msg=name)
+        naive = sum(one.get(name, zero) for one in mean_of_means) / 2
+        differs = differs or not torch.allclose(naive, gradient, atol=1e-4, rtol=1e-2)
+    assert differs, "what is mended here must show in this test"
+    model.vector_ND = None
+
+
+def test_accumulated_batches_have_the_gradient_of_one_batch(model: Recommender) -> None:
+    model.train()
+    batch = windows(12)
+    parts = [part(batch, slice(0, 2)), part(batch, slice(2, 9)), part(batch, slice(9, 12))]
+    whole, summed = gradients(model, [batch]), gradients(model, parts, Others(1, [0.0, 0.0]))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(summed[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_accumulation_takes_fewer_steps_and_keeps_the_rest() -> None:
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, batch: Tensor, scale_K: Tensor | None = None) -> Tensor:
+            loss = (self.layer(batch) ** 2).mean()
+            return loss if scale_K is None else loss * scale_K.sum()
+
+        def targets(self, batch: Tensor | None) -> Tensor:
+            return torch.tensor([0.0 if batch is None else float(len(batch))])
+
+    line = Line()
+    config = tinyshop.tiny("train.accumulate=3").train
+    learner = Learner(line, list(line.parameters()), config, 3, CPU)
+    stats = train_epoch(learner, "retrieval", 0, [torch.rand(n, 1) for n in (4, 4, 4, 4, 4, 4, 2)])
+    assert (stats.steps, stats.samples, learner.step) == (3, 26, 3)
+
+
+def test_a_worker_without_a_batch_takes_part_with_nothing(model: Recommender) -> None:
+    model.train()
+    assert gradients(model, [], Others(2, [7.0, 1.0])) == {}
+    learner = Learner(model, list(model.parameters()), model.config.train, 10, CPU)
+    assert weigh(learner, [], Others(2, [0.0, 0.0]), ())[1] is False, "nobody has any: the epoch is over"
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import numpy as np, tinyshop, torch
+from rayrec.data.dataset import Dataset
+from rayrec.training.fit import Fit, Job
+from rayrec.training.group import Group
+from rayrec.training.local import Alone, LocalFeed
+from rayrec.training.survey import survey
+
+rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+class Uneven(LocalFeed):
+    # All rows of the first stage are the first worker's, and nine in ten of the refit's the second's.
+    def chunks(self, table, rng):
+        for rows in super().chunks(table, np.random.default_rng(7)):
+            cut = len(rows) if table == "retrieval" else len(rows) // 10
+            yield rows[:cut] if rank == 0 else rows[cut:]
+
+class Pair(Group, Alone):
+    def __init__(self):
+        Alone.__init__(self, folder)
+        Group.__init__(self, rank, 2, torch.device("cpu"))
+
+    def _put(self, save):
+        if rank == 0:
+            super()._put(save)
+
+shop, config = Dataset.open(str(folder / "dataset")), tinyshop.tiny("train.epochs=1", "train.refit_epochs=1")
+facts = survey(shop, tinyshop.N_ITEMS, config)
+fit = Fit(Job(config, shop.path, facts.first_stage, facts.rows), Uneven(shop, config), Pair())
+fit.run()
+lines = [[line["stage"], line["loss"], line["steps"], line["samples"]] for line in fit.history]
+print(json.dumps([lines, sum(float(p.detach().double().sum()) for p in fit.model.parameters())]))
+"""
+
+
+@pytest.mark.timeout(200)
+def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path) -> None:
+    tinyshop.write(tmp_path / "dataset")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(port), str(tmp_path)],
+            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [json.loads(one.communicate(timeout=180)[0].splitlines()[-1]) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    (first, first_sum), (second, second_sum) = said
+    assert [line[:3] for line in first] == [line[:3] for line in second], "the loss is over the targets of both"
+    assert first_sum == pytest.approx(second_sum, rel=1e-9), "equal weights"
+    samples = {one[0]: (one[3], other[3]) for one, other in zip(first, second, strict=True)}
+    assert samples["retrieval"][1] == 0 < samples["retrieval"][0]
+    assert samples["refit"][0] < samples["refit"][1]
