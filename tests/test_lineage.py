@@ -65,6 +65,6 @@ def test_a_resumed_training_remembers_its_parent(tmp_path: Path) -> None:
     runs = Runs(str(tmp_path))
     with pytest.raises(UsageError, match="no training to resume"):
         runs.unfinished(tinyshop.tiny())
-    runs.begin(tinyshop.tiny(), {"version": "v1"})
+    runs.begin(tinyshop.tiny(), parent={"version": "v1"})
     assert runs.unfinished(tinyshop.tiny())
     assert runs.parent() == {"version": "v1"}

@@ -66,7 +66,15 @@ def test_it_serves_the_scores_of_the_trained_model(bundle: Bundle, fit: Fit, dat
 
 def test_it_holds_all_that_its_readers_expect(bundle: Bundle, fit: Fit) -> None:
     wanted = (
-        *("model.safetensors", "config.json", "vectors.npy", "metrics.json", "MODEL_CARD.md", "curves.png"),
+        *(
+            "model.safetensors",
+            "config.json",
+            "vectors.npy",
+            "metrics.json",
+            "MODEL_CARD.md",
+            "curves.png",
+            "lineage.json",
+        ),
         *("items/items.parquet", "vocab/categories.json", "vocab/brands.json", "images/thumbnails.arrow"),
         *(f"cooccurrence/{kind}/{part}.npy" for kind in ("next", "near") for part in ("data", "indices", "indptr")),
     )
