@@ -26,6 +26,9 @@ from rayrec.errors import DataError
 from rayrec.history import Ints
 from rayrec.interrupts import unbroken
 
+# Arrow's own handler of Ctrl-C, which is in force while it parses, loses one that comes at the end of a block.
+pa.enable_signal_handlers(False)
+
 BLOCK_BYTES = 32 * 1024 * 1024
 PARQUET_ROWS = 400_000
 WINDOW_BYTES = 64 * 1024
