@@ -1,0 +1,228 @@
+"""What faults cost a training: it goes on from its last checkpoint, of a step, and ends as if nothing had happened.
+
+Each fault comes in the middle of an epoch, to `rayrec train` as a user runs it: a signal, a killed worker, a killed
+job, a node that is gone, a disk that is full or cannot be written. What is trained on one worker then has the very
+losses of a training that was left in peace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tinyshop
+from terminal import Running, Terminal
+
+from rayrec.data.dataset import Dataset
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+SETTINGS = (*tinyshop.TINY, "train.epochs=8", "train.patience=8", "train.tracker=[]")
+EVERY_STEP = ("--set", "train.checkpoint_steps=1")
+
+Train = Callable[..., tuple[object, ...]]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return tinyshop.write(tmp_path_factory.mktemp("shop") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def train(dataset: Dataset) -> Train:
+    """The command's words."""
+
+    def words(bundles: Path, *more: object) -> tuple[object, ...]:
+        return ("train", dataset.path, bundles, *(word for one in SETTINGS for word in ("--set", one)), *more)
+
+    return words
+
+
+@pytest.fixture(scope="module")
+def in_peace(train: Train, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """What a training that nothing happened to learned."""
+    with Terminal() as terminal:
+        ran = terminal.rayrec(*train(tmp_path_factory.mktemp("peace") / "bundles", "--json"), timeout_s=800)
+    assert ran.code == 0, ran.err
+    return learned(ran.json)
+
+
+@pytest.fixture
+def own() -> Iterator[Terminal]:
+    with Terminal() as terminal:
+        yield terminal
+
+
+def learned(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Stage, epoch, loss and validation of every epoch."""
+    names = ("stage", "epoch", "loss", "samples", "valid_next_ndcg@10")
+    return [tuple(line[name] for name in names) for line in answer["training"]]
+
+
+def under_way(running: Running) -> None:
+    """Until it is in its third epoch or later."""
+    running.wait_until(lambda: "retrieval 2:" in running.said, within_s=600)
+
+
+def worker(terminal: Terminal) -> psutil.Process:
+    """The process that trains."""
+    found = []
+    for process in terminal.processes():
+        with suppress(psutil.Error):
+            if "ray::RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    (one,) = found
+    return one
+
+
+def goes_on(terminal: Terminal, words: tuple[object, ...], in_peace: list[tuple[Any, ...]]) -> None:
+    """`--resume` ends with what a training in peace learned, and repeats no epoch of those that were told."""
+    ran = terminal.rayrec(*words, "--resume", "--json", timeout_s=800)
+    assert ran.code == 0, ran.err
+    assert "retrieval 1:" not in ran.err
+    assert learned(ran.json) == in_peace
+
+
+def ended(running: Running, code: int, *words: str) -> None:
+    assert running.process.wait(300) == code, running.said
+    assert "Traceback" not in running.said, running.said
+    for word in words:
+        assert word in running.said, running.said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_command_loses_no_step(
+    own: Terminal, train: Train, in_peace: list[tuple[Any, ...]], tmp_path: Path, number: int, code: int
+) -> None:
+    words = train(tmp_path / "bundles")
+    running = own.start(*words)
+    running.wait_until(lambda: own.has("ray::RayTrainWorker"), within_s=300)
+    under_way(running)
+    running.process.send_signal(number)
+    ended(running, code, "step ", "with --resume goes on from there")
+    assert own.left() == []
+    goes_on(own, words, in_peace)
+
+
+def test_sigterm_to_a_worker_ends_the_training_after_a_checkpoint(
+    own: Terminal, train: Train, in_peace: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    words = train(tmp_path / "bundles", *EVERY_STEP)
+    running = own.start(*words)
+    under_way(running)
+    worker(own).terminate()
+    ended(running, 1, "a worker got SIGTERM", "with --resume goes on from there")
+    goes_on(own, words, in_peace)
+
+
+def test_a_killed_worker_is_replaced_and_goes_on_from_its_step(
+    own: Terminal, train: Train, in_peace: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    running = own.start(*train(tmp_path / "bundles", *EVERY_STEP, "--json"))
+    under_way(running)
+    worker(own).kill()
+    ended(running, 0)
+    assert learned(json.loads(running.said.strip().splitlines()[-1])) == in_peace
+    assert running.said.count("retrieval 1:") == 1
+
+
+def test_a_killed_job_goes_on_where_it_was(train: Train, in_peace: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    words = train(tmp_path / "bundles", *EVERY_STEP)
+    with Terminal() as first:
+        under_way(running := first.start(*words))
+        for process in first.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        running.process.wait(30)
+    newest = max((tmp_path / "bundles" / ".runs").glob("*/checkpoint_*"))
+    weights = newest / "model.safetensors"
+    if weights.exists():  # and the newest checkpoint was damaged by what killed the job
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with Terminal() as second:
+        goes_on(second, words, in_peace)
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_place_that_cannot_be_written_any_more(
+    own: Terminal, train: Train, in_peace: list[tuple[Any, ...]], tmp_path: Path, trouble: str
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        words = train(place / "bundles", *EVERY_STEP)
+        running = own.start(*words)
+        under_way(running)
+        if trouble == "full":
+            with suppress(OSError), (place / "filler").open("wb") as filler:
+                while True:
+                    filler.write(bytes(1 << 16))
+                    filler.flush()
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        ended(running, 1, "cannot write there")
+        if trouble == "full":
+            (place / "filler").unlink()
+        else:
+            subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+        goes_on(own, words, in_peace)
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=False)
+
+
+NODES = """
+import sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "_system_config": {
+    "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3}})
+nodes = [cluster.add_node(num_cpus=2, resources={"trains": 1}) for _ in range(2)]
+ray.init(address=cluster.address, log_to_driver=False)
+from rayrec.config import preset, with_settings
+from rayrec.training import trainer
+
+asked = trainer.worker_resources
+trainer.worker_resources = lambda config, wait_s: {"CPU": 1.0, "trains": 1.0}  # on either of the two nodes
+config = with_settings(preset("small"), sys.argv[3:])
+
+def kill(): 
+    runs = Path(sys.argv[2]) / ".runs"
+    while len(found := list(runs.glob("*/checkpoint_*"))) < 1 or max(found).name < "checkpoint_": time.sleep(0.1)
+    time.sleep(3)
+    busy = {one["node_id"] for one in ray.util.state.list_actors(address=cluster.address)
+            if one["class_name"] == "RayTrainWorker" and one["state"] == "ALIVE"}
+    (node,) = [node for node in nodes if node.node_id in busy]
+    print("killed a node", file=sys.stderr, flush=True)
+    cluster.remove_node(node, allow_graceful=False)
+
+import ray.util.state
+threading.Thread(target=kill, daemon=True).start()
+started = time.monotonic()
+bundle = trainer.train(sys.argv[1], sys.argv[2], config)
+import json
+print(json.dumps({"s": time.monotonic() - started, **bundle.json("metrics.json")}))
+"""
+
+
+def test_a_node_that_is_gone_is_replaced_by_another(
+    own: Terminal, dataset: Dataset, in_peace: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    settings = [*SETTINGS, "train.checkpoint_steps=1"]
+    ran = own.run(sys.executable, "-c", NODES, dataset.path, tmp_path / "bundles", *settings, timeout_s=600)
+    assert ran.code == 0, ran.err
+    assert "killed a node" in ran.err
+    assert learned(ran.json) == in_peace
