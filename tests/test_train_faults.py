@@ -199,7 +199,7 @@ asked = trainer.worker_resources
 trainer.worker_resources = lambda config, wait_s: {"CPU": 1.0, "trains": 1.0}  # on either of the two nodes
 config = with_settings(preset("small"), sys.argv[3:])
 
-def kill(): 
+def kill():
     runs = Path(sys.argv[2]) / ".runs"
     while len(found := list(runs.glob("*/checkpoint_*"))) < 1 or max(found).name < "checkpoint_": time.sleep(0.1)
     time.sleep(3)
