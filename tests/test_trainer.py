@@ -228,6 +228,34 @@ def test_too_many_workers_are_refused_at_once_and_leave_no_trace(dataset: Datase
     assert not (tmp_path / "bundles").exists()
 
 
+def test_more_workers_than_there_is_to_learn_from(tmp_path: Path) -> None:
+    lonely = tinyshop.write(tmp_path / "dataset", users=1)
+    with pytest.raises(UsageError, match=r"1 row\(s\) to learn from cannot be shared by 2 workers"):
+        train(lonely.path, str(tmp_path / "bundles"), tinyshop.tiny("train.workers=2", "train.fusion_holdout=0.001"))
+    assert not (tmp_path / "bundles").exists()
+
+
+def test_a_shard_that_breaks_after_the_survey_is_named(
+    tmp_path: Path, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = tinyshop.write(tmp_path / "dataset")
+    bad = tmp_path / "dataset" / "sequences" / "1.parquet"
+    survey, once = trainer.survey, ray.train.FailureConfig
+
+    def breaking(*given: Any) -> Any:
+        found = survey(*given)
+        content = bad.read_bytes()
+        bad.write_bytes(
+            content[:100] + bytes(len(content) - 600) + content[-500:]
+        )  # its end, what Ray looks at, is whole
+        return found
+
+    monkeypatch.setattr(trainer, "survey", breaking)
+    monkeypatch.setattr(ray.train, "FailureConfig", lambda max_failures: once(max_failures=0))
+    with pytest.raises(DataError, match=r"sequences/1[.]parquet: this shard cannot be read"):
+        train(shop.path, str(tmp_path / "bundles"), tinyshop.tiny("train.epochs=1"))
+
+
 def test_gpus_that_are_not_there_are_refused() -> None:
     with pytest.raises(ResourceError, match=r"1 GPU\(s\)"):
         worker_resources(tinyshop.tiny("train.gpu=true"), 0.0)

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
+from ray.train.torch import TorchTrainer
 
 from rayrec.bundle import Bundle
 from rayrec.cluster import connect
@@ -126,8 +127,8 @@ def train(
         asked=asked,
     )
     with asked.by_sigterm():
-        with _progress(board, bundles, run, config), writing(bundles):
-            result = _fit(trainer, dataset)
+        with _progress(board, bundles, run, config), writing(bundles), _naming_shards(dataset):
+            result = _fit(trainer)
         if place := ray.get(board.ended_at.remote()):
             _ended(asked, place)
     if result.checkpoint is None:
@@ -159,10 +160,10 @@ def _forget(runs: Runs, run: str) -> None:
 def _tables(dataset: Dataset, config: Config, shards: list[str]) -> dict[str, Any]:
     """The rows of each stage, made from sequence shards as they are asked for."""
     fs, _ = filesystem(dataset.path)
-    if config.train.bad_shards == "skip":
-        ray.data.DataContext.get_current().max_errored_blocks = len(shards)
     # A block a shard: how many CPUs there are must not decide which rows are whose.
     sequences = ray.data.read_parquet(shards, filesystem=fs, override_num_blocks=len(shards))
+    if config.train.bad_shards == "skip":
+        sequences.context.max_errored_blocks = len(shards)
 
     def rows(stage: str) -> ray.data.Dataset:
         make = partial(stage_rows, stage=stage, config=config)
@@ -221,7 +222,7 @@ def _check_images(dataset: Dataset, config: Config) -> None:
         )
 
 
-def _fit(trainer: Trainer, dataset: Dataset) -> ray.train.Result:
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
     """Train. Ctrl-C is a KeyboardInterrupt, and an error that a user can mend is itself, out of Ray's wrapping."""
     ours = signal.getsignal(signal.SIGINT)
     try:
@@ -231,14 +232,21 @@ def _fit(trainer: Trainer, dataset: Dataset) -> ray.train.Result:
     except ray.train.TrainingFailedError as error:
         failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
         causes = [getattr(failure, "_base_exc", failure) for failure in failures]
-        if mendable := next((cause for cause in causes if isinstance(cause, RayrecError | OSError)), None):
-            raise mendable from None
-        for _ in read_shards(dataset):  # Ray Data does not name the shard that it could not read
-            pass
-        raise
+        raise next((cause for cause in causes if isinstance(cause, RayrecError | OSError)), error) from None
     finally:
         if signal.getsignal(signal.SIGINT) != ours:
             signal.signal(signal.SIGINT, ours)
+
+
+@contextmanager
+def _naming_shards(dataset: Dataset) -> Iterator[None]:
+    """Raise DataError where what failed is due to a shard that cannot be read: neither Ray nor Arrow name it."""
+    try:
+        yield
+    except (ray.train.TrainingFailedError, OSError):
+        for _ in read_shards(dataset):
+            pass
+        raise
 
 
 @contextmanager

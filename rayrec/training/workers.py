@@ -76,8 +76,8 @@ class Board:
         """Ask the workers to end the training, after a checkpoint."""
         self.ending = True
 
-    def end_at(self, place: str | None) -> None:
-        """Where the workers did so; None: they have begun anew."""
+    def end_at(self, place: str) -> None:
+        """Say where the workers did so."""
         self.ended = place
 
     def ended_at(self) -> str | None:
