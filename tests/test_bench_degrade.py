@@ -46,7 +46,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[Dataset]:
     monkeypatch.setattr(degrade, "train", train)
     monkeypatch.setattr(pipelines, "connect", lambda **options: None)
     monkeypatch.setattr(pipelines, "quiet_data", lambda: None)
-    monkeypatch.setattr(pipelines, "cpus", lambda: 2)
+    monkeypatch.setattr("rayrec.data.source.cpus", lambda: 2)
     monkeypatch.setattr(pipelines, "each", lambda title, work, n: map(work, range(n)))
     return trained
 

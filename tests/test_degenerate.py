@@ -114,7 +114,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same stages of prepare, one after the other in this process."""
     monkeypatch.setattr(pipelines, "connect", lambda **options: None)
     monkeypatch.setattr(pipelines, "quiet_data", lambda: None)
-    monkeypatch.setattr(pipelines, "cpus", lambda: 2)
+    monkeypatch.setattr("rayrec.data.source.cpus", lambda: 2)
     monkeypatch.setattr(pipelines, "each", lambda title, work, n: map(work, range(n)))
 
 
