@@ -161,7 +161,8 @@ def _tables(dataset: Dataset, config: Config, shards: list[str]) -> dict[str, An
     """The rows of each stage, made from sequence shards as they are asked for."""
     fs, _ = filesystem(dataset.path)
     # A block a shard: how many CPUs there are must not decide which rows are whose.
-    sequences = ray.data.read_parquet(shards, filesystem=fs, override_num_blocks=len(shards))
+    with _naming_shards(dataset):  # Ray reads their ends now
+        sequences = ray.data.read_parquet(shards, filesystem=fs, override_num_blocks=len(shards))
     if config.train.bad_shards == "skip":
         sequences.context.max_errored_blocks = len(shards)
 
