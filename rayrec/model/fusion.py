@@ -5,9 +5,8 @@ In: history, user vector, candidates and what is known of them. Out: logits per 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayrec.config import ModelConfig
@@ -64,16 +63,17 @@ class Fusion(nn.Module):
 
         follow_BCF: [B, C, FOLLOW_FEATURES], how the candidate followed the visitor's items in the past.
         """
-        vector_BCD, past_BLD = vector_ND[candidate_BC], vector_ND[history.item_BL]
+        vector_BCD, past_BLD = F.embedding(candidate_BC, vector_ND), F.embedding(history.item_BL, vector_ND)
         feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BCF)
         hidden_BCW = self.hidden(feature_BCF)
-        next_BC1 = self._own(feature_BCF, hidden_BCW)[..., :1]
+        next_BC1 = self._own(feature_BCF, hidden_BCW, slice(0, 1))
         # What a rare action teaches must not pull at "next": it moves its own weights alone.
-        difference_BCH = self._own(feature_BCF.detach(), hidden_BCW.detach())[..., 1:]
+        difference_BCH = self._own(feature_BCF.detach(), hidden_BCW.detach(), slice(1, None))
         return torch.cat([next_BC1, next_BC1.detach() + difference_BCH], -1)
 
-    def _own(self, feature_BCF: Tensor, hidden_BCW: Tensor) -> Tensor:
-        return self.linear(feature_BCF) + self.out(hidden_BCW)
+    def _own(self, feature_BCF: Tensor, hidden_BCW: Tensor, heads: slice) -> Tensor:
+        plain = F.linear(feature_BCF, self.linear.weight[heads], self.linear.bias[heads])
+        return plain + F.linear(hidden_BCW, self.out.weight[heads], self.out.bias[heads])
 
     def features(
         self,
@@ -85,47 +85,57 @@ class Fusion(nn.Module):
         past_BLD: Tensor,
         follow_BCF: Tensor,
     ) -> Tensor:
-        """[B, C, F] float32: how the candidate fits the visitor, each number at about unit scale."""
+        """[B, C, F] float32: how the candidate fits the visitor, each number at about unit scale.
+
+        Few large operations: a served list is a few hundred candidates of one visitor, where each costs its call.
+        """
         real_BL = history.item_BL > 0
         steps_back_BL = (history.length_B[:, None] - 1 - torch.arange(real_BL.shape[1], device=real_BL.device)).clamp(0)
-
-        match_BCL = (candidate_BC[:, :, None] == history.item_BL[:, None, :]) & real_BL[:, None, :]
-        match_BCL = match_BCL.float()
-        recency_BC = (match_BCL / (1.0 + steps_back_BL[:, None, :])).amax(2)
-        # One product counts all matches and those of each action: sums of zeros and ones are exact.
-        touch = [torch.ones_like(real_BL), *(history.action_BL == ACTION_CODE[name] for name in TOUCHES)]
-        count_BC, *touched = (match_BCL @ torch.stack(touch, -1).float()).unbind(-1)
-
-        dot_BC = (vector_BCD @ user_BD[:, :, None]).squeeze(2)
-        last_BD = past_BLD[torch.arange(len(past_BLD)), (history.length_B - 1).clamp(min=0)]
-        attention_BCL = (vector_BCD @ self.query(past_BLD).transpose(1, 2)) / vector_BCD.shape[-1] ** 0.5
-        attention_BCL = attention_BCL.masked_fill(~real_BL[:, None, :], -1e4).softmax(2) * real_BL[:, None, :]
-        attended_BC = ((attention_BCL @ past_BLD) * vector_BCD).sum(2)
-
+        met_BTC = _met(history, candidate_BC, steps_back_BL)
+        times_BC, touched_BTC = met_BTC[:, 0], met_BTC[:, 2:]
+        dot_BC, like_last_BC, attended_BC = self._products(user_BD, vector_BCD, past_BLD, real_BL, history.length_B)
+        price_BC = items.price_scaled_N[candidate_BC]
         columns = [
             dot_BC,
-            *follow_BCF.unbind(-1),
+            follow_BCF.transpose(1, 2),
             items.log_popularity_N[candidate_BC],
-            (count_BC > 0).float(),
-            recency_BC,
-            torch.log1p(count_BC),
-            items.price_scaled_N[candidate_BC],
-            _cosine(vector_BCD, last_BD[:, None]),
+            times_BC > 0,
+            met_BTC[:, 1],
+            torch.log1p(times_BC),
+            price_BC,
+            like_last_BC,
             attended_BC,
-            (~items.warm_N[candidate_BC]).float(),
+            ~items.warm_N[candidate_BC],
             torch.log1p(history.length_B.float())[:, None].expand_as(dot_BC) / 4,
-            *(count > 0 for count in touched),
+            touched_BTC > 0,
         ]
-        weights = [decay**steps_back_BL * real_BL for decay in DECAYS]
-        weights = [weight_BL / weight_BL.sum(1, keepdim=True).clamp(min=1e-6) for weight_BL in weights]
-        affinities = [
-            _affinities(code_NK, rarity_NK, n_codes, candidate_BC, history.item_BL, weights)
-            for code_NK, rarity_NK, n_codes in items.tagged()
-        ]
-        for weight_BL, *of_decay in zip(weights, *affinities, strict=True):
-            usual_price_B = (items.price_scaled_N[history.item_BL] * weight_BL).sum(1)
-            columns += [(items.price_scaled_N[candidate_BC] - usual_price_B[:, None]).abs(), *of_decay]
-        return torch.stack([column.float() for column in columns], -1)
+        weight_BLW = torch.stack([decay**steps_back_BL * real_BL for decay in DECAYS], -1)
+        weight_BLW = weight_BLW / weight_BLW.sum(1, keepdim=True).clamp(min=1e-6)
+        usual_price_BW = (items.price_scaled_N[history.item_BL][..., None] * weight_BLW).sum(1)
+        affinities = [_affinities(*tags, candidate_BC, history.item_BL, weight_BLW) for tags in items.tagged()]
+        for w in range(len(DECAYS)):
+            columns.append((price_BC - usual_price_BW[:, w, None]).abs())
+            columns += [affinity_BCW[..., w] for affinity_BCW in affinities]
+        # Features beside one another would be written number by number: they are laid down one after another.
+        feature_BFC = torch.cat([(c if c.ndim == 3 else c[:, None]).float() for c in columns], 1)
+        return feature_BFC.transpose(1, 2)
+
+    def _products(
+        self, user_BD: Tensor, vector_BCD: Tensor, past_BLD: Tensor, real_BL: Tensor, length_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each candidate: its inner product with the visitor's vector, its cosine to the last item, and its inner
+        product with what it attends to of the history. [B, C] each.
+        """
+        last_BD = past_BLD[torch.arange(len(past_BLD), device=past_BLD.device), (length_B - 1).clamp(min=0)]
+        key_BDL, scale = self.query(past_BLD).transpose(1, 2), vector_BCD.shape[-1] ** -0.5
+        hidden_B1L = (~real_BL)[:, None, :] * -1e4
+        attention_BCL = torch.baddbmm(hidden_B1L, vector_BCD, key_BDL, alpha=scale).softmax(2)
+        # Attention's mean of vectors, times a vector, is attention's mean of products. Padding's vector is zeros, so
+        # that nothing is attended to without a history.
+        others_BKD = torch.cat([user_BD[:, None], last_BD[:, None], past_BLD], 1)
+        dot_BC1, last_BC1, past_BCL = (vector_BCD @ others_BKD.transpose(1, 2)).split([1, 1, past_BLD.shape[1]], 2)
+        lengths_BC = vector_BCD.norm(dim=-1) * last_BD.norm(dim=-1, keepdim=True)
+        return dot_BC1[..., 0], last_BC1[..., 0] / lengths_BC.clamp(min=1e-6), (attention_BCL * past_BCL).sum(2)
 
 
 def teaches(action_B: Tensor) -> Tensor:
@@ -137,26 +147,38 @@ def teaches(action_B: Tensor) -> Tensor:
     return torch.stack(columns, -1)
 
 
-def _affinities(
-    code_NK: Tensor,
-    rarity_NK: Tensor,
-    n_codes: int,
-    candidate_BC: Tensor,
-    past_BL: Tensor,
-    weights: Sequence[Tensor],
-) -> list[Tensor]:
-    """By each of `weights` ([B, L]) the weighted mean over the history of the cosine between its codes and the
-    candidate's. [B, C] float32 each.
+def _met(history: HistoryTensors, candidate_BC: Tensor, steps_back_BL: Tensor) -> Tensor:
+    """How each candidate was met in the history: how often, how recently, how often in each of TOUCHES.
+
+    -> [B, T, C] float32.
     """
-    past_code_BX, past_rarity_BLK = code_NK[past_BL].flatten(1), rarity_NK[past_BL]
-    code_BX, rarity_BCK = code_NK[candidate_BC].flatten(1), rarity_NK[candidate_BC]
-    found = []
-    for weight_BL in weights:
-        taste_BV = weight_BL.new_zeros(len(past_BL), n_codes)
-        taste_BV.scatter_add_(1, past_code_BX, (weight_BL[:, :, None] * past_rarity_BLK).flatten(1))
-        found.append((taste_BV.gather(1, code_BX).view_as(rarity_BCK) * rarity_BCK).sum(2))
-    return found
+    item_BL = history.item_BL
+    same_BLL = item_BL[:, :, None] == item_BL[:, None, :]
+    is_newest_BL = ~same_BLL.triu(1).any(2)  # of an item that was met more than once, the last time
+    events = [torch.ones_like(is_newest_BL), is_newest_BL / (1.0 + steps_back_BL)]
+    events += [history.action_BL == ACTION_CODE[name] for name in TOUCHES]
+    # Of all events of each event's item: sums of zeros and ones are exact, and all but one of the dates are zero.
+    met_BTL = torch.stack([event_BL.float() for event_BL in events], 1) @ same_BLL.float()
+    sorted_BL, event_BL = item_BL.sort(1)
+    place_BC = torch.searchsorted(sorted_BL, candidate_BC.contiguous()).clamp(max=item_BL.shape[1] - 1)
+    is_met_BC = (sorted_BL.gather(1, place_BC) == candidate_BC) & (candidate_BC > 0)
+    event_B1C = event_BL.gather(1, place_BC)[:, None]
+    return met_BTL.gather(2, event_B1C.expand(-1, met_BTL.shape[1], -1)) * is_met_BC[:, None]
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-6)
+def _affinities(
+    code_NK: Tensor, rarity_NK: Tensor, n_codes: int, candidate_BC: Tensor, past_BL: Tensor, weight_BLW: Tensor
+) -> Tensor:
+    """By each of W weights of the history's items ([B, L, W]), the weighted mean of the cosine between their codes and
+    the candidate's. [B, C, W] float32.
+    """
+    n_visitors, n_weights = len(past_BL), weight_BLW.shape[-1]
+    first_B11 = n_codes * torch.arange(n_visitors, device=past_BL.device)[:, None, None]
+    # Each visitor's taste for each code, one visitor's below the other's.
+    past_BLKW = F.embedding(past_BL, rarity_NK)[..., None] * weight_BLW[:, :, None, :]
+    taste_XW = weight_BLW.new_zeros(n_visitors * n_codes, n_weights)
+    taste_XW.index_add_(0, (F.embedding(past_BL, code_NK) + first_B11).flatten(), past_BLKW.flatten(0, 2))
+    code_XK = (F.embedding(candidate_BC, code_NK) + first_B11).flatten(0, 1)
+    rarity_XK = F.embedding(candidate_BC, rarity_NK).flatten(0, 1)
+    found_XW = F.embedding_bag(code_XK, taste_XW, per_sample_weights=rarity_XK, mode="sum")
+    return found_XW.view(*candidate_BC.shape, n_weights)
