@@ -374,7 +374,8 @@ class ServeConfig(Settings):
     exact_below: int = Field(
         50_000, ge=0, description="items from which on the nearest are found by an index, which may miss some"
     )
-    per_source: int = Field(200, ge=1, description="candidates asked of each source")
+    per_source: int = Field(150, ge=1, description="candidates asked of each source")
+    remembered: int = Field(2000, ge=0, description="histories whose scores a replica keeps until something changes")
     diversity: float = Field(0.1, ge=0, le=1)
     explore: float = Field(0.0, ge=0, le=1)
     max_body_bytes: int = Field(1024 * 1024, ge=1024)

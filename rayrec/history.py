@@ -6,6 +6,7 @@ Because both sides call this function, training and serving cannot drift apart.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -42,6 +43,18 @@ class HistoryBatch:
 
     def __len__(self) -> int:
         return len(self.length_B)
+
+    def take(self, rows: Sequence[int]) -> HistoryBatch:
+        """Only the histories `rows`."""
+        return HistoryBatch(**{name: values[list(rows)] for name, values in vars(self).items()})
+
+    def digests(self) -> list[bytes]:
+        """What tells each history from all others: a hash of what is in it, whatever it is padded to."""
+        columns = (self.item_BL, self.action_BL, self.gap_s_BL, self.hour_BL, self.seen_BL)
+        return [
+            hashlib.blake2b(b"".join(values_BL[b, :length].tobytes() for values_BL in columns), digest_size=16).digest()
+            for b, length in enumerate(self.length_B.tolist())
+        ]
 
 
 def encode_history(

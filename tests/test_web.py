@@ -506,6 +506,16 @@ def test_metrics_count_without_naming_anyone(client: Client) -> None:
     assert "somebody" not in text
 
 
+def test_lists_whose_scores_were_known_are_counted(client: Client) -> None:
+    store(client, event("red-1", "view", user_id="again"))
+    for _ in range(3):
+        ask(client, user_id="again", store=False)
+    assert "rayrec_lists_remembered_total 2.0" in client.get("/metrics").text
+    store(client, event("red-2", "view", user_id="again"))
+    ask(client, user_id="again")
+    assert "rayrec_lists_remembered_total 2.0" in client.get("/metrics").text
+
+
 def test_the_cart_is_worth_something(client: Client) -> None:
     ask(client, scene="cart", context={"cart": ["red-0", "red-3"]})
     assert "rayrec_basket_value_sum 5.0" in client.get("/metrics").text
@@ -603,7 +613,7 @@ def test_a_bug_is_a_problem_too(client: Client, state: State, monkeypatch: pytes
 
 
 def test_requests_that_come_together_are_ranked_together(client: Client, scorer: FakeScorer) -> None:
-    store(client, *(event("red-1", "view", user_id=f"r{n}") for n in range(20)))
+    store(client, *(event(f"red-{n}", "view", user_id=f"r{n}") for n in range(20)))
     answers = client.together([("/v1/recommend", {"user_id": f"r{n}", "k": 1}) for n in range(20)])
     assert {ids(answer.json())[0] for answer in answers} == {"red-0"}
     assert len({answer.json()["request_id"] for answer in answers}) == 20

@@ -11,16 +11,14 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 
-from rayrec.catalogue import Catalogue
 from rayrec.config import SceneConfig, ServeConfig
 from rayrec.errors import StateError, UsageError
 from rayrec.followers import weights_at
@@ -41,6 +39,7 @@ from rayrec.ranking.requests import (
 from rayrec.ranking.rerank import capped, diversify, with_pinned
 from rayrec.ranking.retrieval import SOURCES, Asked, Candidates, Floats, Ints, Retriever
 from rayrec.ranking.rules import Bools, Forbidden, Rules
+from rayrec.ranking.scoring import Remembering, Scorer, padded
 from rayrec.ranking.text import TextIndex
 from rayrec.state.protocol import History, Past, Shown
 
@@ -50,27 +49,6 @@ POOL = 50  # at least so many candidates are re-ranked and explored
 PINNED, QUERY = "pinned", "query"
 MATCHES = 2000  # of a query, from which rules and filters take some away
 Doubles: TypeAlias = npt.NDArray[np.float64]
-
-
-class Scorer(Protocol):
-    """A trained model, as ranking sees it."""
-
-    catalogue: Catalogue
-    vectors_ND: Floats  # [N + 1, D], row 0 zeros
-    cooccurrence: sp.csr_matrix  # [N + 1, N + 1], row i holds the weights of what follows i
-    heads: tuple[str, ...]
-    max_len: int
-    clock: str
-    actions: tuple[str, ...]  # what it reads of a history
-
-    def user_vectors(self, history: HistoryBatch) -> Floats:
-        """Vectors of B visitors. [B, D] float32."""
-
-    def fuse(self, history: HistoryBatch, user_BD: Floats, candidates_BC: Ints, heads: Mapping[str, float]) -> Floats:
-        """Scores of the candidates, 0..1. [B, C] float32; -inf where the candidate is 0 (padding).
-
-        heads: the scene's weights; it answers by its first head for one that it has not.
-        """
 
 
 @dataclass
@@ -109,7 +87,7 @@ class Ranker:
         searched = any(QUERY in scene.sources for scene in config.scenes.values())
         self._text = TextIndex(scorer.catalogue) if searched else None
         parts = (scorer.catalogue, scorer.vectors_ND, scorer.cooccurrence)
-        self._rank_with(scorer, Retriever(*parts, config.exact_below))
+        self._rank_with(scorer, Retriever(*parts, config.exact_below, config.remembered))
 
     def over(self, scorer: Scorer, row_R: Ints) -> Ranker:
         """The same for a scorer whose catalogue has changed in these rows ([R] int64), some of them new."""
@@ -122,6 +100,7 @@ class Ranker:
 
     def _rank_with(self, scorer: Scorer, retriever: Retriever) -> None:
         self.scorer, self.retriever, self.catalogue = scorer, retriever, scorer.catalogue
+        self._model = Remembering(scorer, self.config.remembered)
         rules = Rules(scorer.catalogue)
         self._rules = rules
         self._policies = {name: Policy(scene, rules) for name, scene in self.config.scenes.items()}
@@ -185,8 +164,8 @@ class Ranker:
         with clock.stage("filter"):
             found, removed = self._filter(requests, histories, policy, asked, found)
         with clock.stage("score"):
-            candidates_BC = _padded([candidates.item_C for candidates in found])
-            model_BC = self._model_scores(history, asked, candidates_BC, policy.scene)
+            candidates_BC = padded([candidates.item_C for candidates in found])
+            model_BC, remembered_B = self._model_scores(history, asked, candidates_BC, policy.scene)
             score_BC, served_by = self._score(asked, candidates_BC, model_BC, policy.scene)
         with clock.stage("rerank"):
             shown = self._rerank(requests, policy, candidates_BC, score_BC, removed)
@@ -202,6 +181,7 @@ class Ranker:
             Answer(
                 new_request_id(), self.model, served_by[b], lists[b], removed[b], clock.ms, without,
                 candidates=proposed[b], together=len(requests), basket=self._basket(request),
+                remembered=bool(remembered_B[b]),
             )
             for b, request in enumerate(requests)
         ]  # fmt: skip
@@ -223,7 +203,7 @@ class Ranker:
 
     def _with_user_vectors(self, history: HistoryBatch, asked: Asked) -> Asked:
         try:
-            user_BD = self.scorer.user_vectors(history)
+            user_BD = self._model.user_vectors(history)
         except Exception:  # whatever is wrong with the model, the shopper gets a list
             log.exception("the model failed on histories; answering without it")
             return asked
@@ -305,14 +285,16 @@ class Ranker:
 
     def _model_scores(
         self, history: HistoryBatch, asked: Asked, candidates_BC: Ints, scene: SceneConfig
-    ) -> Floats | None:
+    ) -> tuple[Floats | None, Bools]:
+        """The model's scores, None if it failed, and which requests needed no work of it. [B, C], [B]."""
+        nothing_B = np.zeros(len(asked), bool)
         if asked.user_BD is None or not candidates_BC.size:
-            return None
+            return None, nothing_B
         try:
-            return self.scorer.fuse(history, asked.user_BD, candidates_BC, scene.heads)
+            return self._model.fuse(history, asked.user_BD, candidates_BC, scene.heads)
         except Exception:
             log.exception("the model failed on candidates; answering without it")
-            return None
+            return None, nothing_B
 
     # ------------------------------------------------------------ list
 
@@ -428,14 +410,6 @@ def _blended(score_BC: Floats, candidates_BC: Ints, matches: Sequence[tuple[Ints
         taste_C = np.nan_to_num(score_BC[b], nan=0.0, neginf=0.0)
         blended_BC[b] = weight * fit_C + (1 - weight) * taste_C / (taste_C.max(initial=0) or 1.0)
     return blended_BC
-
-
-def _padded(rows: Sequence[Ints]) -> Ints:
-    """Rows of different lengths as one array, padded with 0 on the right. [B, C] int64."""
-    padded = np.zeros((len(rows), max((len(row) for row in rows), default=0)), np.int64)
-    for b, row in enumerate(rows):
-        padded[b, : len(row)] = row
-    return padded
 
 
 def _first(*values: float | None) -> float:

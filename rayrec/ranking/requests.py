@@ -69,6 +69,7 @@ class Answer:
     candidates: Mapping[str, int] = field(default_factory=dict)  # by source, before rules; one may be of several
     together: int = 1  # requests that were ranked in one batch
     basket: float | None = None  # what the items of the request's cart cost
+    remembered: bool = False  # the model's scores were known from an earlier request
 
 
 def new_request_id() -> str:

@@ -20,6 +20,7 @@ import scipy.sparse as sp
 from rayrec.catalogue import Catalogue
 from rayrec.followers import Reached, merged
 from rayrec.ranking.nearest import Nearest, order
+from rayrec.ranking.newest import Newest
 from rayrec.ranking.trends import nothing
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -89,9 +90,20 @@ class Candidates:
 
 
 class Retriever:
-    """All sources over one catalogue. Items that left the catalogue are never proposed."""
+    """All sources over one catalogue. Items that left the catalogue are never proposed.
 
-    def __init__(self, catalogue: Catalogue, vectors_ND: Floats, cooccurrence: sp.csr_matrix, exact_below: int) -> None:
+    remembered: of so many visitors' vectors the nearest items are kept.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        vectors_ND: Floats,
+        cooccurrence: sp.csr_matrix,
+        exact_below: int,
+        remembered: int = 0,
+    ) -> None:
+        self._remembered = remembered
         self._set(catalogue, vectors_ND, cooccurrence)
         self._nearest, self._alike = Nearest(vectors_ND, exact_below), Nearest(self.unit_ND, exact_below)
 
@@ -110,6 +122,7 @@ class Retriever:
         by_events = np.argsort(-catalogue.n_train, kind="stable")
         self.popular = by_events[self._listed_N[by_events]]
         self._new = np.flatnonzero(self._listed_N & (catalogue.n_train < NEW_BELOW))
+        self._near: Newest[Ints] = Newest(self._remembered)
         self.trend = nothing(catalogue)
         """What visitors do now; may be set to another at any time."""
 
@@ -124,10 +137,21 @@ class Retriever:
     def _nearest_to_user(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         if asked.user_BD is None:
             return [_NONE] * len(asked)
-        known = np.flatnonzero(asked.known_B).tolist()
-        found = self._nearest.search(asked.user_BD[known], [masks[b] for b in known], n)
-        of = dict(zip(known, found, strict=True))
-        return [of.get(b, _NONE) for b in range(len(asked))]
+        found = [_NONE] * len(asked)
+        new, keys = [], {}
+        for b in np.flatnonzero(asked.known_B).tolist():
+            if masks[b] is self._listed_N:  # what may be found is not this request's own
+                keys[b] = asked.user_BD[b].tobytes() + n.to_bytes(8, "little")
+            held = self._near.get(keys[b]) if b in keys else None
+            if held is None:
+                new.append(b)
+            else:
+                found[b] = held
+        for b, near in zip(new, self._nearest.search(asked.user_BD[new], [masks[b] for b in new], n), strict=True):
+            found[b] = near
+            if b in keys:
+                self._near.put(keys[b], near)
+        return found
 
     def _following(self, asked: Asked, n: int, masks: Sequence[Bools]) -> list[Ints]:
         return self._strongest(asked.recent, masks, n)

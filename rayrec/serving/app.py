@@ -66,7 +66,7 @@ def served(
 ) -> Iterator[str]:
     """The endpoint of a bundle, up and ready; its URL. It stops, Ray included if it was started here, at the end.
 
-    tls: speak it, and nothing else. loader: "module:function" from an opened Bundle to a `pipeline.Scorer`.
+    tls: speak it, and nothing else. loader: "module:function" from an opened Bundle to a `scoring.Scorer`.
     Raises UsageError for a host that is not loopback, a bundle or a state that cannot be opened; ResourceError for a
     port in use or a cluster that is too small.
     """

@@ -22,9 +22,10 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import ServeConfig
 from rayrec.errors import BundleError, RayrecError
 from rayrec.evaluation.experiment import Experiment, running
-from rayrec.ranking.pipeline import Ranker, Scorer
+from rayrec.ranking.pipeline import Ranker
 from rayrec.ranking.requests import Request
 from rayrec.ranking.retrieval import Ints
+from rayrec.ranking.scoring import Scorer
 from rayrec.ranking.trends import Trends
 from rayrec.state.protocol import Act, Happening, History, ItemEdit, Shown, State
 

@@ -28,6 +28,9 @@ class Metrics:
         self._removed = Counter("rayrec_removed", "Candidates removed", ["reason"], registry=self.registry)
         self._events = Counter("rayrec_events", "Events received", ["outcome"], registry=self.registry)
         self._lists = Counter("rayrec_lists", "Lists answered", ["scene"], registry=self.registry)
+        self._remembered = Counter(
+            "rayrec_lists_remembered", "Lists whose scores were known from before", registry=self.registry
+        )
         self._candidates = Counter("rayrec_candidates", "Candidates proposed", ["source"], registry=self.registry)
         self._model = Gauge("rayrec_model_info", "1 for the model that is live", ["version"], registry=self.registry)
         self._together = Histogram(
@@ -57,6 +60,7 @@ class Metrics:
     def answered(self, answer: Answer, scene: str) -> None:
         """Count one list."""
         self._lists.labels(scene).inc()
+        self._remembered.inc(answer.remembered)
         self._together.observe(answer.together)
         for source, n in answer.candidates.items():
             self._candidates.labels(source).inc(n)

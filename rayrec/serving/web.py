@@ -27,7 +27,7 @@ from rayrec.data.edits import LISTED
 from rayrec.data.images import ImageRejected, as_jpeg
 from rayrec.errors import BundleError, StateError, UsageError
 from rayrec.ranking import requests
-from rayrec.ranking.pipeline import Scorer
+from rayrec.ranking.scoring import Scorer
 from rayrec.schema import visitor_id
 from rayrec.serving import problems, wire
 from rayrec.serving.audit import Audit
@@ -141,7 +141,7 @@ class Service:
             "request_id": answer.request_id,
             "model": answer.model,
             "served_by": answer.served_by,
-            "items": [cards.of(item.item_id) | asdict(item) for item in answer.items],
+            "items": [_described(item, cards) for item in answer.items],
             "removed": answer.removed,
             "timing_ms": {stage: round(ms, 3) for stage, ms in answer.timing_ms.items()},
         }
@@ -481,6 +481,17 @@ def _noted(sent: wire.RecommendRequest, answer: dict[str, Any], with_visitor: bo
         asked = sent.context.model_dump(exclude_defaults=True)
         told |= {"user_id": sent.user_id, "session_id": sent.session_id, "context": asked}
     return told
+
+
+def _described(item: requests.Ranked, cards: Cards) -> dict[str, Any]:
+    """`wire.RankedOut`; by hand, since `asdict` copies whatever is in it."""
+    return {
+        **cards.of(item.item_id),
+        "score": item.score,
+        "propensity": item.propensity,
+        "sources": item.sources,
+        "reasons": item.reasons,
+    }
 
 
 def _plain(row: Event | Shown) -> dict[str, Any]:
