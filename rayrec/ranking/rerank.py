@@ -33,16 +33,16 @@ def diversify(score_BM: Floats, unit_BMD: Floats, diversity_B: Floats, k: int) -
     weight_B1 = diversity_B.astype(np.float64)[:, None]
     # On penalised rows the weight must not shrink the penalty, so it stands outside the mix.
     mix_BM = np.where(relevance_BM < 0, relevance_BM, (1 - weight_B1) * relevance_BM)
-    cosine_BMM = unit_BMD @ unit_BMD.transpose(0, 2, 1)
+    alike_BMM = weight_B1[:, :, None] * (unit_BMD @ unit_BMD.transpose(0, 2, 1))
 
     rows_B = np.arange(len(score_BM))
     nearest_BM = np.zeros(score_BM.shape)
     order_BK = np.empty((len(score_BM), min(k, score_BM.shape[1])), np.int64)
     for place in range(order_BK.shape[1]):
-        taken_B = np.argmax(mix_BM - weight_B1 * nearest_BM, axis=1)
+        taken_B = (mix_BM - nearest_BM).argmax(axis=1)
         order_BK[:, place] = taken_B
         mix_BM[rows_B, taken_B] = -np.inf
-        nearest_BM = np.maximum(nearest_BM, cosine_BMM[rows_B, taken_B])
+        np.maximum(nearest_BM, alike_BMM[rows_B, taken_B], out=nearest_BM)
     return order_BK
 
 
