@@ -20,6 +20,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9/")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Ray's workers give way to whatever else the machine does, and on a busy one a training of seconds takes minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # What a shell starts in the background ignores Ctrl-C, and so does all that it starts in turn; here it must be heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
