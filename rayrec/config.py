@@ -272,6 +272,7 @@ class AutoscaleConfig(Settings):
     target_ongoing_requests: float = Field(8, gt=0)
     upscale_delay_s: float = Field(2, ge=0)
     downscale_delay_s: float = Field(30, ge=0)
+    look_back_s: float = Field(10, gt=0, description="the load is the mean over so long")
     policy: str = Field("", description="module:Class that decides in place of target_ongoing_requests")
     policy_options: dict[str, Any] = Field({}, description="what the class is made of")
 

@@ -20,6 +20,11 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9/")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Tiny models gain nothing by a second thread, and threads that wait for each other lose most on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray's workers give way to whatever else the machine does, and on a busy one a training of seconds takes minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # What a shell starts in the background ignores Ctrl-C, and so does all that it starts in turn; here it must be heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,7 +80,15 @@ def cluster() -> Iterator[None]:
     """One local Ray cluster for the whole run."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
+    for _ in range(3):  # Ray gives its start half a minute, which is little on a busy machine
+        try:
+            ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
+            break
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+    assert ray.is_initialized(), "this machine is too busy to start Ray"
     yield
     ray.shutdown()
 

@@ -87,7 +87,10 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(cluster: None, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(bundle, tmp_path_factory.mktemp("served"), "autoscale.min_replicas=2", "replica_cpus=0.5")
+    """Two replicas, where one would do: a policy of the shop's own asks for them."""
+    policy = ("policy=test_scaling:Always", "policy_options={replicas: 2}", "max_replicas=2", "upscale_delay_s=0")
+    settings = (f"autoscale.{setting}" for setting in policy)
+    server = Server(bundle, tmp_path_factory.mktemp("served"), "replica_cpus=0.5", *settings)
     yield server
     if server.process.poll() is None:
         server.stop()
@@ -106,6 +109,14 @@ def haproxies(port: int) -> list[psutil.Process]:
             with suppress(psutil.NoSuchProcess):
                 found.append(psutil.Process(connection.pid))
     return found
+
+
+@pytest.mark.ray
+def test_a_policy_of_the_shops_own_is_asked(server: Server) -> None:
+    deadline = time.monotonic() + 60
+    while httpx.get(server.url + "/v1/status", timeout=10).json()["replicas"] < 2:  # nobody loads it
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.ray
@@ -215,17 +226,6 @@ def test_sigterm_stops_it_and_leaves_nothing_behind(server: Server) -> None:
     state = open_state(server.state_url)
     assert len(state.user("k").events) == 10
     state.close()
-
-
-@pytest.mark.ray
-def test_a_policy_of_the_shops_own_is_asked(cluster: None, bundle: Path, tmp_path: Path) -> None:
-    settings = ("policy=test_scaling:Always", "policy_options={replicas: 2}", "max_replicas=2", "upscale_delay_s=0")
-    server = Server(bundle, tmp_path, "replica_cpus=0.5", *(f"autoscale.{setting}" for setting in settings))
-    deadline = time.monotonic() + 60
-    while httpx.get(server.url + "/v1/status", timeout=10).json()["replicas"] < 2:  # nobody loads it
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert server.stop() == 0
 
 
 # ---------------------------------------------------------------- what is refused, before Ray is asked

@@ -17,10 +17,12 @@ import pytest
 
 from rayrec.bench import serving
 from rayrec.bench.layers import shares
+from rayrec.bench.load import Record
+from rayrec.bench.ramp import Until, joined
 from rayrec.bench.recall import main as print_recall
 from rayrec.bench.server_runs import KINDS, TRIVIAL, _alone, free_port, started
 from rayrec.bench.serving import EVENTS, LISTS, Made, Shop, Sizes, plans, requests, run, visitors
-from rayrec.bench.serving_table import TARGETS, Target, summary, table, target_row
+from rayrec.bench.serving_table import TARGETS, Target, ramp_row, ramp_table, summary, table, target_row
 from rayrec.errors import UsageError
 
 SMALL = partial(Shop, items=300, users=30, events=10)
@@ -218,3 +220,47 @@ def test_the_table_of_servers() -> None:
     assert "| rayrec serve | 401 / 1,000 | 2.00 / 2.00 | 4.00 / 4.00 | 0 | 2.00 / 2.00 | 101 | 5.00 | 1.0 |" in text
     assert "| BentoML |  |  |  |  |  |  |  | no wheel |" in text
     assert "## Growth" not in text
+    assert "## A crowd" not in text
+
+
+# ---------------------------------------------------------------- a ramp
+
+
+def test_a_crowd_comes_and_goes_on_one_clock() -> None:
+    quiet, crowd = Record(replicas=[(0, 1), (1, 1)]), Record(replicas=[(0, 1), (1, 4)])
+    quiet.add(0.5, 0.5, 0.6, "200")
+    crowd.add(1.0, 1.25, 1.5, "503")
+    whole = joined([quiet, crowd], [2.5, 2.0])
+    assert (whole.due_s, whole.took_s, whole.status) == ([0.5, 3.5], [pytest.approx(0.1), 0.5], ["200", "503"])
+    assert whole.replicas == [(0, 1), (1, 1), (2, 1), (3, 4)]
+
+
+def test_a_load_ends_when_replicas_are_as_many_as_it_waits_for() -> None:
+    load = Until("http://127.0.0.1:9", 300, False, {}, wanted=4)
+    load._started = time.perf_counter() - 5
+    for second, replicas in enumerate((1, 2, 4, 4)):
+        load.counted(second, replicas)
+        assert (load.first_s is None, load.reached_s is None) == (replicas == 1, replicas < 4)
+    assert load.seconds == load.reached_s == pytest.approx(5, abs=1)
+    assert [n for _, n in load.record.replicas] == [1, 2, 4, 4]
+
+
+def ramp_run(all_s: float, failed: int) -> dict[str, Any]:
+    part = {"rate": 5.0, "ms": {"p50": 9.0, "p99": 20.0}, "cpu_s_per_1000": 10.0, "generator_cpu_s_per_1000": 1.0,
+            "failed": failed, "replicas": 1, "mib": 900.0}  # fmt: skip
+    return {
+        "part": "ramp", "name": "ramp", "replicas": 4, "clients": 32, "requests": 500, "failed": 2 * failed,
+        "up_s": {"first": 9.0, "all": all_s}, "down_s": {"first": 40.0, "all": 50.0},
+        "parts": [{"part": "one replica", **part}, {"part": "all replicas", **part, "mib": 910.0, "replicas": 4}],
+    }  # fmt: skip
+
+
+def test_the_table_of_a_ramp() -> None:
+    row = ramp_row([ramp_run(11.0, 0), ramp_run(15.0, 1)])
+    assert row is not None
+    assert (row["up_s"], row["failed"], row["mib_per_1000"]) == ({"first": 9.0, "all": 13.0}, 2, 20.0)
+    text = ramp_table(row)
+    assert "| all replicas | 4 | 5 | 9.0 | 20.0 | 1 | 10.00 | 910 |" in text
+    assert "32 clients come: 9.0 s to the first extra replica, 13.0 s to all 4. They go: 40.0 s" in text
+    assert "1,000 requests, 2 failed; 20.00 MiB more per 1,000" in text
+    assert ramp_row([]) is None

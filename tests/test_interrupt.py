@@ -106,11 +106,11 @@ def test_evaluate_leaves_the_bundle_as_it_was(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("moment", ["starting", "ready"])
-def test_serve(own: Terminal, tiny_bundles: Path, tmp_path: Path, moment: str) -> None:
+def test_serve_while_it_starts(own: Terminal, tiny_bundles: Path, tmp_path: Path) -> None:
+    """And once it is ready: see test_serve_command."""
     port = free_port()
     running = own.start("serve", tiny_bundles, "--port", port, "--state", f"sqlite:///{tmp_path}/state.db")
-    running.wait_until(lambda: own.has("ray::") if moment == "starting" else "serving at" in running.said)
+    running.wait_until(lambda: own.has("ray::"))
     (proxy_files,) = own.values_of("RAY_SERVE_HAPROXY_SERVER_STATE_BASE")
     assert Path(proxy_files).is_dir()
     interrupted_well(own, running)
@@ -121,6 +121,7 @@ def test_serve(own: Terminal, tiny_bundles: Path, tmp_path: Path, moment: str) -
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_serve_stopped_with_all_its_processes_at_once(own: Terminal, tiny_bundles: Path, tmp_path: Path) -> None:
     """SIGTERM to the whole group, as systemd sends it: Serve's controller may end before it has stopped the proxy."""
     running = own.start("serve", tiny_bundles, "--port", free_port(), "--state", f"sqlite:///{tmp_path}/state.db")
@@ -140,6 +141,7 @@ def test_recommend_while_it_loads(own: Terminal, tiny_bundles: Path, tmp_path: P
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_demo_leaves_nothing_half_done(own: Terminal, tmp_path: Path) -> None:
     running = own.start("demo", "--work", tmp_path / "work", "--port", free_port())
     running.wait_until(lambda: "[2/5]" in running.said and own.has("ray::"))

@@ -83,6 +83,7 @@ def last_json(ran: Ran) -> Any:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_relative_path_is_refused_with_the_reason(head: Head) -> None:
     ran = head.submit("prepare", "shop", "/tmp/dataset")
     assert ran.code != 0

@@ -376,6 +376,27 @@ def test_a_nan_score_ranks_last_and_shows_as_zero(state: State, diversity: float
     assert answer.items[-1].score == 0.0
 
 
+def test_a_failing_index_is_done_without(ranker: Ranker, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> None:
+        raise RuntimeError("the index is not there")
+
+    saw(state, "u", ("red-1", "view"))
+    request = Request("u", k=3)
+    assert ranker.recommend([request], state)[0].without == ()
+    monkeypatch.setattr(ranker.retriever._nearest, "search", fails)
+    (answer,) = ranker.recommend([request], state)
+    assert (answer.served_by, answer.without) == ("model", ("index",)), "it still scores what other sources propose"
+    sources = {source for item in answer.items for source in item.sources}
+    assert "model" not in sources
+    assert "cooccurrence" in sources
+    monkeypatch.setattr(ranker._text, "search", fails)
+    (found,) = ranker.recommend([Request("u", scene="search", query="red", k=3)], state)
+    assert (len(found.items), found.without) == (3, ("index",))
+    monkeypatch.setattr(ranker.retriever._alike, "search", fails)
+    (alike,) = ranker.recommend([Request("u", scene="item", item_id="red-2", k=3)], state)
+    assert (len(alike.items), alike.without) == (3, ("index",))
+
+
 @pytest.mark.parametrize("broken", ["user_vectors", "fuse"])
 def test_a_failing_model_is_replaced_by_cooccurrence_then_popularity(
     ranker: Ranker, scorer: FakeScorer, state: State, broken: str

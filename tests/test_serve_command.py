@@ -1,4 +1,4 @@
-"""`rayrec serve` as a user runs it, on a Ray of its own: who can reach it, its TLS, its log."""
+"""`rayrec serve` as a user runs it, on a Ray of its own: who can reach it, its TLS, its log, its end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import shutil
+import socket
 import ssl
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 from certificates import certificate
 from terminal import Running, Terminal
 from test_app import free_port
+from test_interrupt import interrupted_well
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")]
 
@@ -53,7 +55,8 @@ def served(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         )
         running.wait_until(lambda: "serving at" in running.said)
         yield Served(terminal, running, port, ssl.create_default_context(cafile=str(pem)))
-        running.interrupt()
+        if running.process.poll() is None:
+            running.interrupt()
 
 
 def test_nothing_listens_beyond_this_machine(served: Served) -> None:
@@ -122,3 +125,13 @@ def lines_with(request_id: str, folder: Path) -> list[str]:
 
 def read(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()
+
+
+def test_ctrl_c_stops_it_and_leaves_nothing_behind(served: Served) -> None:
+    (proxy_files,) = served.terminal.values_of("RAY_SERVE_HAPROXY_SERVER_STATE_BASE")
+    assert Path(proxy_files).is_dir()
+    interrupted_well(served.terminal, served.running)
+    assert "graceful_shutdown" not in served.running.said, "what ended as it should is no failure"
+    assert not Path(proxy_files).exists()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", served.port)) != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rayrec.config import Config, with_file, with_settings
 from rayrec.errors import ResourceError, UsageError
 from rayrec.training.dials import parse
 from rayrec.training.trial_table import Epoch, Trial, draw, table
-from rayrec.training.tuning import Search, search
+from rayrec.training.tuning import Search, _fit, search
 
 CONFIG = with_settings(Config(), [*TINY, "train.epochs=1", "train.fusion_epochs=1", "train.refit_epochs=0"])
 
@@ -59,6 +60,26 @@ def test_a_search_finds_what_is_better_and_can_be_resumed(cluster: None, tiny_da
         search(str(tiny_dataset), out, what)
     with pytest.raises(UsageError, match="had other settings"):
         search(str(tiny_dataset), out, of(CONFIG, "train.lr=1e-6"), resume=True)
+
+
+class Ended:
+    """A search that ends as Ray Tune's do: its handler of Ctrl-C stays, unless it has heard one."""
+
+    def __init__(self, interrupted: bool) -> None:
+        self.interrupted = interrupted
+
+    def fit(self) -> str:
+        before = signal.signal(signal.SIGINT, lambda *given: None)
+        if self.interrupted:
+            signal.signal(signal.SIGINT, before)
+        return "results"
+
+
+def test_a_search_that_was_interrupted_is_not_done() -> None:
+    assert _fit(Ended(interrupted=False)) == "results"  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is ours again"
+    with pytest.raises(KeyboardInterrupt):
+        _fit(Ended(interrupted=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.ray

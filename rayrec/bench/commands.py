@@ -149,7 +149,8 @@ def bench_serve(
     history: Annotated[str | None, typer.Option(help="Events of each visitor, comma-separated.")] = None,
     users: Annotated[str | None, typer.Option(help="Visitors in the state, comma-separated.")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="A server, items, history, users or layers; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(help="A server, items, history, users, layers or ramp; repeatable. Default: all."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -245,6 +245,10 @@ class Load:
         if "served_by" in answer:
             self.record.served_by[answer["served_by"]] += 1
 
+    def counted(self, second: int, replicas: int) -> None:
+        """Note how many replicas there are."""
+        self.record.replicas.append((second, replicas))
+
     async def _watch(self, task: Task) -> None:
         """Count replicas each second, until it is cancelled."""
         while True:
@@ -253,7 +257,7 @@ class Load:
             try:
                 async with self._http.get(f"{self.url}/v1/status") as answer:
                     if answer.status == 200:
-                        self.record.replicas.append((second, int((await answer.json())["replicas"])))
+                        self.counted(second, int((await answer.json())["replicas"]))
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError, KeyError):
                 pass  # a service that does not say so under load is still loaded
             await asyncio.sleep(max(0.0, second + 1 - self._now()))

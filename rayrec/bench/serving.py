@@ -1,8 +1,9 @@
 """`rayrec bench serve`: what a list costs, beside the same behind other servers, and how that grows with the shop.
 
 In: a folder, how many rounds, seconds, clients, and sizes. Out: in that folder a file for each run, `serve.json`,
-`table.md` and `serve.png`. A run whose file is there is not repeated. Servers take turns: each starts anew with a copy
-of the same state in every round, and every other round goes backwards, so that a busy minute is nobody's alone.
+`table.md`, `serve.png` and a picture of each ramp. A run whose file is there is not repeated. Servers take turns: each
+starts anew with a copy of the same state in every round, and every other round goes backwards, so that a busy minute is
+nobody's alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from rayrec.bench import ramp
 from rayrec.bench.closed_loop import ask, rendered
 from rayrec.bench.kept import kept_body
 from rayrec.bench.load import MIX, ZIPF
@@ -41,7 +43,7 @@ DRAWN = 20_000
 """Requests that are drawn before a run, and sent in turn."""
 WARM_SHARE = 0.2
 """Of the seconds of a point, before it and not counted."""
-LAYERS = "layers"
+LAYERS, RAMP = "layers", "ramp"
 LAYERS_CODE = "import sys; from rayrec.bench.layers import main; main(*sys.argv[1:])"
 RECALL_CODE = "import sys; from rayrec.bench.recall import main; main(*sys.argv[1:])"
 
@@ -80,7 +82,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run of a round. part: "servers", or what grows, or LAYERS."""
+    """One run of a round. part: "servers", or what grows, or LAYERS, or RAMP."""
 
     part: str
     name: str
@@ -91,13 +93,16 @@ class Plan:
 
 
 def plans(clients: Sequence[int], sizes: Sizes, only: Sequence[str] = ()) -> list[Plan]:
-    """All runs of a round; only: kinds of server, "items", "history", "users", "layers". Raises UsageError."""
+    """All runs of a round; only: kinds of server, "items", "history", "users", "layers", "ramp".
+
+    Raises UsageError.
+    """
     found = [Plan("servers", TRIVIAL, TRIVIAL, Shop(), tuple(clients))]
     for name, kind in KINDS.items():
         mixes = (LISTS, EVENTS) if kind.takes_events else (LISTS,)
         found.append(Plan("servers", name, name, Shop(), tuple(clients), mixes))
     found += [Plan(part, str(n), GROWN, shop, GROWTH_CLIENTS) for part, n, shop in sizes.shops()]
-    found.append(Plan(LAYERS, LAYERS, "", Shop(), ()))
+    found += [Plan(part, part, "", Shop(), ()) for part in (LAYERS, RAMP)]
     known = dict.fromkeys(name for plan in found for name in (plan.kind if plan.part == "servers" else plan.part,))
     if unknown := [name for name in only if name not in known]:
         raise UsageError(f"unknown part {', '.join(unknown)}: choose among {', '.join(known)}")
@@ -225,7 +230,9 @@ class Bench:
         if plan.kind in KINDS:
             key["requirements"] = KINDS[plan.kind].requirements
         name = f"{plan.part}-{plan.name}".replace(" ", "-").replace(",", "")
-        make = {LAYERS: self._layers}.get(plan.part, self._trivial if plan.kind == TRIVIAL else self._server)
+        make = {LAYERS: self._layers, RAMP: self._ramp}.get(
+            plan.part, self._trivial if plan.kind == TRIVIAL else self._server
+        )
         return kept_body(self.runs, name, key, round_, lambda: make(plan, round_))
 
     def recall(self, shop: Shop) -> dict[str, Any]:
@@ -277,6 +284,12 @@ class Bench:
             users = json.dumps(visitors(plan.shop, 400, np.random.default_rng(round_)))
             bundle = self.made.bundle(plan.shop.items)
             return _in_a_process(LAYERS_CODE, bundle, f"sqlite:///{state}", users, str(self.seconds))
+
+    def _ramp(self, plan: Plan, round_: int) -> dict[str, Any]:
+        step(f"round {round_ + 1}: a crowd comes and goes")
+        bundle, log = self.made.bundle(plan.shop.items), self.logs / "ramp.log"
+        with self.made.state(plan.shop) as state, running(ramp.KIND, bundle, state, self.environments, log) as server:
+            return ramp.measure(server, self.seconds, self.out / f"ramp-{round_}.png")
 
 
 def described(point: dict[str, Any]) -> str:

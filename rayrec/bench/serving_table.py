@@ -59,6 +59,7 @@ def summary(runs: Sequence[Run], recall: dict[str, dict[str, Any]]) -> dict[str,
         "targets": [target_row(target, runs) for target in TARGETS],
         "growth": growth,
         "layers": layer_rows(layers, servers) if layers else [],
+        "ramp": ramp_row([run for run in runs if run["part"] == "ramp"]),
         "shares": _medians([run["shares"] for run in layers]),
         "candidates": statistics.median(run["candidates"] for run in layers) if layers else None,
     }
@@ -175,6 +176,29 @@ def _p50_alone(servers: Sequence[dict[str, Any]], name: str) -> Any:
     return next((point["p50"] for point in points if (point["mix"], point["clients"]) == (LISTS, 1)), None)
 
 
+def ramp_row(rounds: Sequence[Run]) -> dict[str, Any] | None:
+    """Medians over rounds of a crowd that comes and goes; failures of all. None if there is none."""
+    if not rounds:
+        return None
+    parts = []
+    for at, first in enumerate(rounds[0]["parts"]):
+        of_round = [run["parts"][at] for run in rounds]
+        figures = ("rate", "cpu_s_per_1000", "generator_cpu_s_per_1000", "mib", "replicas")
+        row = {name: statistics.median(part[name] for part in of_round) for name in figures}
+        row |= {name: _median(part["ms"][name] for part in of_round) for name in ("p50", "p99")}
+        parts.append({"part": first["part"], **row, "failed": sum(part["failed"] for part in of_round)})
+    grown = [1000 * (run["parts"][-1]["mib"] - run["parts"][0]["mib"]) / max(1, run["requests"]) for run in rounds]
+    return {
+        "replicas": rounds[0]["replicas"],
+        "clients": rounds[0]["clients"],
+        **{way: _medians([run[way] for run in rounds]) for way in ("up_s", "down_s")},
+        "requests": sum(run["requests"] for run in rounds),
+        "failed": sum(run["failed"] for run in rounds),
+        "mib_per_1000": statistics.median(grown),
+        "parts": parts,
+    }
+
+
 # ---------------------------------------------------------------- text
 
 
@@ -195,6 +219,8 @@ def table(result: dict[str, Any]) -> str:
         parts += ["## Growth\n", growth_table(result["growth"])]
     if result["layers"]:
         parts += ["## Where the time of one request goes\n", layers_table(result["layers"], result["shares"])]
+    if result["ramp"]:
+        parts += ["## A crowd comes and goes\n", ramp_table(result["ramp"])]
     return "\n".join(parts)
 
 
@@ -274,6 +300,26 @@ def layers_table(rows: Sequence[dict[str, Any]], shares: dict[str, float]) -> st
     lines += [_line(("function, with all that it calls", "share of the ranker's time")), _line(["---"] * 2)]
     lines += [_line([name, f"{share:.1%}"]) for name, share in shares.items()]
     return "\n".join(lines) + "\n"
+
+
+def ramp_table(ramp: dict[str, Any]) -> str:
+    """The seconds each way, and what each part of the ramp cost."""
+    head = ("part", "replicas at its end", "req/s", "p50 ms", "p99 ms", "failed", "CPU s per 1,000", "MiB (PSS)")
+    lines = [_line(head), _line("---" for _ in head)]
+    for row in ramp["parts"]:
+        cells = [
+            row["part"], f"{row['replicas']:.0f}", _number(row["rate"], 0), _number(row["p50"], 1),
+            _number(row["p99"], 1), str(row["failed"]), f"{row['cpu_s_per_1000']:.2f}", f"{row['mib']:.0f}",
+        ]  # fmt: skip
+        lines.append(_line(cells))
+    up, down = ramp["up_s"], ramp["down_s"]
+    asking = max(row["generator_cpu_s_per_1000"] for row in ramp["parts"])
+    return "\n".join(lines) + (
+        f"\n\n{ramp['clients']} clients come: {up['first']:.1f} s to the first extra replica, {up['all']:.1f} s to all "
+        f"{ramp['replicas']}. They go: {down['first']:.1f} s until the first is gone, {down['all']:.1f} s until one is "
+        f"left. {ramp['requests']:,} requests, {ramp['failed']} failed; {ramp['mib_per_1000']:.2f} MiB more per 1,000 "
+        f"from beginning to end; asking costs at most {asking:.2f} CPU s per 1,000.\n"
+    )
 
 
 def _line(cells: Any) -> str:

@@ -37,7 +37,7 @@ from rayrec.ranking.requests import (
     new_request_id,
 )
 from rayrec.ranking.rerank import capped, diversify, with_pinned
-from rayrec.ranking.retrieval import SOURCES, Asked, Candidates, Floats, Ints, Retriever
+from rayrec.ranking.retrieval import INDEXED, SOURCES, Asked, Candidates, Floats, Ints, Retriever
 from rayrec.ranking.rules import Bools, Forbidden, Rules
 from rayrec.ranking.scoring import Remembering, Scorer, padded
 from rayrec.ranking.text import TextIndex
@@ -158,8 +158,9 @@ class Ranker:
             histories, without = self._histories(requests, state)
             history, asked = self._reading.encode(requests, histories)
         with clock.stage("retrieve"):
-            asked = self._searched(requests, policy.scene, self._with_user_vectors(history, asked))
-            found = self.retriever.retrieve(asked, self._sources(policy.scene, asked), self.config.per_source)
+            asked = self._with_user_vectors(history, asked)
+            asked, found, lost = self._retrieved(requests, policy.scene, asked)
+            without += lost
         proposed = [candidates.counts() for candidates in found]
         with clock.stage("filter"):
             found, removed = self._filter(requests, histories, policy, asked, found)
@@ -208,6 +209,19 @@ class Ranker:
             log.exception("the model failed on histories; answering without it")
             return asked
         return replace(asked, user_BD=user_BD)
+
+    def _retrieved(
+        self, requests: Sequence[Request], scene: SceneConfig, asked: Asked
+    ) -> tuple[Asked, list[Candidates], tuple[str, ...]]:
+        """Candidates, and what they had to do without: where an index fails, those of sources that need none."""
+        try:
+            asked = self._searched(requests, scene, asked)
+            return asked, self.retriever.retrieve(asked, self._sources(scene, asked), self.config.per_source), ()
+        except Exception:  # whatever is wrong with an index, the shopper gets a list
+            log.exception("an index failed; answering without it")
+        sources = [name for name in self._sources(scene, asked) if name not in INDEXED]
+        sources = list(dict.fromkeys([*sources, "popular"]))
+        return asked, self.retriever.retrieve(asked, sources, self.config.per_source), ("index",)
 
     def _searched(self, requests: Sequence[Request], scene: SceneConfig, asked: Asked) -> Asked:
         """With what the queries mean, in a scene that asks for it."""

@@ -232,6 +232,9 @@ SOURCES: Final[dict[str, Source]] = {
 }
 """Every source by the name that scenes use."""
 
+INDEXED: Final = frozenset({"model", "related", "query"})
+"""Those that search an index."""
+
 _NONE: Final = np.empty(0, np.int64)
 
 

@@ -172,6 +172,7 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
             "target_ongoing_requests": scale.target_ongoing_requests,
             "upscale_delay_s": scale.upscale_delay_s,
             "downscale_delay_s": scale.downscale_delay_s,
+            "look_back_period_s": scale.look_back_s,
             **({"policy": policy} if policy else {}),
         },
         # Above what the application lets wait: it is the one to refuse, with a problem.

@@ -1,4 +1,4 @@
-"""Who read, joined or erased whom, and changed models: one JSON line each.
+"""Who read, joined or erased whom: one JSON line each.
 
 In: a caller, a deed, whom it is about. Out: a line of the log `rayrec.audit`, and of a file if one is named. It holds
 no id: whom it is about is a keyed hash, which only who knows the id and the key can tell.

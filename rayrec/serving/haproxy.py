@@ -25,6 +25,11 @@ FRONTEND = "frontend http_frontend"
 # Ray answers a request's id as it was sent; the application would not.
 CLEAN_ID = "    http-request del-header X-Request-Id if { req.fhdr(X-Request-Id) -m reg '^$|[^A-Za-z0-9_-]|^.{129}' }\n"
 
+# Ray bears with a silent client for an hour, and 4,096 of them are all that fit. A request's head, with as much of its
+# body as a buffer holds, is to be there in time, and later bytes are never to be waited for as long.
+PATIENCE_S = 10
+PATIENCE = "    option http-buffer-request\n    timeout http-request {0}s\n    timeout client {0}s\n"
+
 
 def install(folder: Path, binary: str, tls: tuple[Path, Path] | None = None) -> Path:
     """The script that is HAProxy for Ray: `binary` on our configuration. tls: files of a certificate and its key."""
@@ -39,7 +44,7 @@ def install(folder: Path, binary: str, tls: tuple[Path, Path] | None = None) -> 
 
 
 def rewritten(config: str, certificate: str = "") -> str:
-    """Ray's configuration without `UNWANTED`, the requests' ids clean, and, given a certificate, with TLS.
+    """Ray's configuration without `UNWANTED`, the requests' ids clean, clients in time, and, given a certificate, TLS.
 
     Raises ValueError if it is not as Ray 2.60 writes it: better no server than one that is open, or speaks no TLS.
     """
@@ -47,10 +52,11 @@ def rewritten(config: str, certificate: str = "") -> str:
     found = [number for number, part in enumerate(sections) if part.startswith(FRONTEND)]
     if len(found) != 1 or len(bind := re.findall(r"(?m)^ +bind .+\n", sections[found[0]])) != 1:
         raise ValueError("HAProxy's configuration is not as expected of this version of Ray")
-    ours = bind[0] + CLEAN_ID
+    ours = bind[0]
     if certificate:
-        ours = f"{bind[0].rstrip()} ssl crt {certificate} alpn h2,http/1.1\n{CLEAN_ID}"
+        ours = f"{bind[0].rstrip()} ssl crt {certificate} alpn h2,http/1.1\n"
         ours += "    http-request set-header X-Forwarded-Proto https\n"
+    ours += CLEAN_ID + PATIENCE.format(PATIENCE_S)
     sections[found[0]] = sections[found[0]].replace(bind[0], ours)
     return "".join(sections)
 

@@ -110,8 +110,9 @@ class Model:
         except Exception as error:
             raise BundleError(f"{self.version}: fails on a first request ({error})") from error
         for scene, answer in zip(scenes, answers, strict=True):
-            if answer.served_by not in ("model", "query"):
-                raise BundleError(f"{self.version}: the model fails on a first request of scene '{scene}'")
+            if answer.served_by not in ("model", "query") or answer.without:
+                what = answer.without[0] if answer.without else "model"
+                raise BundleError(f"{self.version}: the {what} fails on a first request of scene '{scene}'")
             score = [item.score for item in answer.items]
             if score and not (max(score) > 0 and all(0 <= one <= 1 for one in score)):  # NaN is shown as 0
                 raise BundleError(f"{self.version}: gives scores that are no probabilities, in scene '{scene}'")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,9 +112,26 @@ def search(dataset_path: str, out: Path, what: Search, *, resume: bool = False) 
                     failure_config=tune.FailureConfig(max_failures=1),
                 ),
             )
-        results = tuner.fit()
+        results = _fit(tuner)
     trials = _trials(results, plan["trials"])
     return _write(out, plan, trials, what.config)
+
+
+def _fit(tuner: tune.Tuner) -> tune.ResultGrid:
+    """Search. Ctrl-C is a KeyboardInterrupt, and not, as of Ray Tune, an end as if all was done.
+
+    What there is is written down before. Its handler takes itself away when it has heard one, else stays for good.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return tuner.fit()
+    ours = signal.getsignal(signal.SIGINT)
+    try:
+        results = tuner.fit()
+        if signal.getsignal(signal.SIGINT) == ours:
+            raise KeyboardInterrupt
+        return results
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def _hold(out: Path, plan: dict[str, Any], resume: bool) -> None:
