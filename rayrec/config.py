@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -191,6 +192,15 @@ class ModelConfig(Settings):
         return self
 
 
+def _number_or_all(budget: Any) -> int | str:
+    if budget == "all" or (isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0):
+        return budget
+    raise ValueError("must be a number from 0 on, or all")
+
+
+ImageBudget = Annotated[int | Literal["all"], PlainValidator(_number_or_all)]
+
+
 class TrainConfig(Settings):
     """How the model is trained."""
 
@@ -203,8 +213,8 @@ class TrainConfig(Settings):
     clip_norm: float = Field(5.0, ge=0, description="longest gradient; 0 is off")
     patience: int = Field(3, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     valid_users: int = Field(2000, ge=1, description="users sampled for validation after each epoch")
-    image_budget: int = Field(
-        48, ge=0, description="distinct images encoded with gradient a step (frozen features: all)"
+    image_budget: ImageBudget = Field(
+        48, description="distinct images encoded with gradient a step, 0: none, all: of all that it scores"
     )
     image_refresh: int = Field(192, ge=1, description="images encoded without gradient a step, all in turn")
     image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
