@@ -8,19 +8,16 @@ Volkovs et al. (DropoutNet, 2017) and Zhu et al. (Heater, 2020) do, and beside t
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from rayrec.bench.judged import PARTS, Run, gains, trained
+from rayrec.bench.judged import PARTS, Run, cell, comparison, gains, judged_row, trained
 from rayrec.bench.kept import Made, kept
-from rayrec.bench.paired import interval, p_value
 from rayrec.catalogue import Catalogue
 from rayrec.config import SCRATCH, Config, preset, with_settings
 from rayrec.data.dataset import Dataset
@@ -85,7 +82,7 @@ def run(
         for variant in chosen
         if not only or variant.name in only
     }
-    rows = [_row(name, runs) for name, runs in found.items()]
+    rows = [judged_row(name, runs) for name, runs in found.items()]
     result = {
         "bench": "cold",
         "dataset": dataset_path,
@@ -163,36 +160,6 @@ def chance(n: int) -> float:
 # ---------------------------------------------------------------- the tables
 
 
-def _mean_U(runs: Sequence[Run], part: str) -> npt.NDArray[np.float64]:
-    """Each user's gain, mean over seeds; users in one order. [U]"""
-    return np.mean([list(run.gain[part].values()) for run in runs], axis=0)
-
-
-def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    row: dict[str, Any] = {"variant": name, "seeds": len(runs)}
-    row["train_s"] = statistics.median(run.train_s for run in runs)
-    for part in PARTS:
-        gain_U = _mean_U(runs, part)
-        row[part] = {"users": len(gain_U), "ndcg@10": None, "interval": None}
-        if len(gain_U):
-            row[part] |= {"ndcg@10": float(gain_U.mean()), "interval": interval(gain_U)}
-    return row
-
-
-def comparison(name: str, without: str, found: dict[str, list[Run]]) -> dict[str, Any]:
-    """What the pictures of a variant add, user by user, in each part that somebody is in."""
-    row: dict[str, Any] = {"variant": name, "without": without}
-    for part in PARTS:
-        ours_U, theirs_U = _mean_U(found[name], part), _mean_U(found[without], part)
-        if len(ours_U):
-            row[part] = {
-                "difference": float((ours_U - theirs_U).mean()),
-                "interval": interval(ours_U - theirs_U),
-                "p": p_value(ours_U, theirs_U),
-            }
-    return row
-
-
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     oracle = result["oracle"]
@@ -206,7 +173,7 @@ def table(result: dict[str, Any]) -> str:
         "|---" * len(titles) + "|",
     ]
     for row in result["rows"]:
-        cells = [row["variant"], str(row["seeds"]), *(_cell(row[part]) for part in PARTS)]
+        cells = [row["variant"], str(row["seeds"]), *(cell(row[part]) for part in PARTS)]
         if oracle.get("cold"):
             cells.append(f"{(row['cold']['ndcg@10'] or 0) / oracle['cold']:.0%}")
         cells.append(f"{row['train_s']:.0f}")
@@ -222,10 +189,3 @@ def table(result: dict[str, Any]) -> str:
                 ]  # fmt: skip
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(part: dict[str, Any]) -> str:
-    if part["ndcg@10"] is None:
-        return "–"
-    low, high = part["interval"]
-    return f"{part['ndcg@10']:.4f} ({low:.4f} to {high:.4f}), {part['users']} users"

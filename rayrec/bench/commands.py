@@ -112,6 +112,27 @@ def bench_cold(
     _show(result, as_json)
 
 
+@bench_app.command("budgets")
+def bench_budgets(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset with pictures.")],
+    out: Annotated[Path, typer.Option(help="Where runs are kept, and the tables written.")],
+    budgets: Annotated[str, typer.Option(help="Values of train.image_budget, comma-separated.")] = "0,12,48,192,all",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each budget.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="That are timed of each in a round.")] = 20,
+    rounds: Rounds = 3,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy and rows a second by how many pictures a step encodes, and beside every row; goes on where stopped."""
+    from rayrec.bench.budgets import run
+
+    result = run(
+        dataset, out, budgets=[one.strip() for one in budgets.split(",")], seeds=seeds, steps=steps, rounds=rounds,
+        settings=set_ or [],
+    )  # fmt: skip
+    _show(result, as_json)
+
+
 @bench_app.command("degrade")
 def bench_degrade(
     dataset: Annotated[str, typer.Argument(help="A prepared dataset; it is the clean one.")],

@@ -5,18 +5,22 @@ In: a dataset, settings. Out: what the training took, and the answers. It must n
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from safetensors.torch import load_file
 
 from rayrec.bench.kept import Made
+from rayrec.bench.paired import interval, p_value
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
@@ -79,3 +83,42 @@ def gains(answers: pa.Table, catalogue: Catalogue) -> dict[str, dict[str, float]
         users = rows["user_id"].to_numpy(zero_copy_only=False)[chosen_U].tolist()
         found[part] = dict(zip(users, ndcg(rows["rank"].to_numpy()[chosen_U], 10).tolist(), strict=True))
     return found
+
+
+def _mean_U(runs: Sequence[Run], part: str) -> npt.NDArray[np.float64]:
+    """Each user's gain, mean over seeds; users in one order. [U]"""
+    return np.mean([list(run.gain[part].values()) for run in runs], axis=0)
+
+
+def judged_row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """A variant's gain in each part, its seeds, and how long a training took."""
+    row: dict[str, Any] = {"variant": name, "seeds": len(runs)}
+    row["train_s"] = statistics.median(run.train_s for run in runs)
+    for part in PARTS:
+        gain_U = _mean_U(runs, part)
+        row[part] = {"users": len(gain_U), "ndcg@10": None, "interval": None}
+        if len(gain_U):
+            row[part] |= {"ndcg@10": float(gain_U.mean()), "interval": interval(gain_U)}
+    return row
+
+
+def comparison(name: str, without: str, found: dict[str, list[Run]]) -> dict[str, Any]:
+    """What the pictures of a variant add, user by user, in each part that somebody is in."""
+    row: dict[str, Any] = {"variant": name, "without": without}
+    for part in PARTS:
+        ours_U, theirs_U = _mean_U(found[name], part), _mean_U(found[without], part)
+        if len(ours_U):
+            row[part] = {
+                "difference": float((ours_U - theirs_U).mean()),
+                "interval": interval(ours_U - theirs_U),
+                "p": p_value(ours_U, theirs_U),
+            }
+    return row
+
+
+def cell(part: dict[str, Any]) -> str:
+    """A part of `judged_row` in a table."""
+    if part["ndcg@10"] is None:
+        return "–"
+    low, high = part["interval"]
+    return f"{part['ndcg@10']:.4f} ({low:.4f} to {high:.4f}), {part['users']} users"

@@ -138,9 +138,9 @@ class Recommender(nn.Module):
         """Pictures encoded with gradient: of what was met and chosen, and of what might have been.
 
         They are `image_budget` items, half of them among `used_P`, half among `other_M`, or all of both; the rest comes
-        from the encoder's table, and so do all without a budget. The gradient of the others is scaled to the share in which the used ones were drawn. With the
-        used ones alone the CNN would learn to raise every picture's score: what is chosen pulls up, and nothing pulls
-        down.
+        from the encoder's table, and so do all without a budget. The gradient of the others is scaled to the share in
+        which the used ones were drawn. With the used ones alone the CNN would learn to raise every picture's score:
+        what is chosen pulls up, and nothing pulls down.
         """
         encoder, budget = self.item_encoder, self.config.train.image_budget
         if encoder.cnn is None or not budget or not len(self.items.picture_MX):
