@@ -218,6 +218,10 @@ class TrainConfig(Settings):
     )
     image_refresh: int = Field(192, ge=1, description="images encoded without gradient a step, all in turn")
     image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
+    id_optimizer: Literal["adamw", "rowwise_adagrad"] = Field(
+        "adamw", description="of the table of ids; row-wise: a step moves what it read, one number of state a row"
+    )
+    id_lr: float = Field(3.0, gt=0, description="times `lr` with which rowwise_adagrad learns")
     loss: Literal["softmax", "bpr_max", "gbce"] = "softmax"
     negatives: int = Field(
         0, ge=0, description="sampled for a batch; 0: softmax over all items, 1024 for other losses, 4 for paper"
@@ -251,6 +255,12 @@ class Config(Settings):
     preset: str = "small"
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _there_is_a_table(self) -> Config:
+        if self.train.id_optimizer != "adamw" and (self.model.kind == "paper" or not self.model.use_id):
+            raise ValueError(f"train.id_optimizer={self.train.id_optimizer}: this model has no table of ids")
+        return self
 
 
 PRESETS: dict[str, Config] = {

@@ -184,7 +184,10 @@ def beside_rows(model: Recommender, catalogue: Catalogue) -> BesideRows:
 def pace(model: Recommender, batches: Sequence[NextItems]) -> Pace:
     """Take a step on each batch; all but the first UNTIMED count."""
     encoded = {True: 0, False: 0}
-    learner = Learner(model, list(model.stage_parameters("retrieval")), model.config.train, len(batches), CPU)
+    learner = Learner(
+        model, list(model.stage_parameters("retrieval")), model.config.train, len(batches), CPU,
+        slow=model.pretrained_parameters(), tables=model.sparse_parameters(),
+    )  # fmt: skip
     model.train()
     model.refresh()
     if model.item_encoder.cnn is not None:

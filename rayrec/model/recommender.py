@@ -82,6 +82,8 @@ class Recommender(nn.Module):
         self.behaviour = Behaviour(config.model)
         self.fusion = Fusion(config.model)
         train = config.train
+        if self.item_encoder.id is not None:
+            self.item_encoder.id.sparse = train.id_optimizer == "rowwise_adagrad"
         self.sampler = NegativeSampler(n_train_N, 0.0 if train.loss == "gbce" else train.negative_alpha)
         full = train.loss == "softmax" and n_items <= train.full_softmax_below
         self.sampled = train.negatives or (0 if full else SAMPLED_NEGATIVES)
@@ -94,7 +96,7 @@ class Recommender(nn.Module):
         None costs nothing. scale_K: of each of the means that make up the loss, see `targets`.
         """
         if batch is None:
-            return nothing(self)
+            return nothing(self, self.sparse_parameters())
         loss_K = self._retrieval_loss(batch)[None] if isinstance(batch, NextItems) else self._fusion_losses(batch)
         return (loss_K if scale_K is None else loss_K * scale_K).sum()
 
@@ -110,7 +112,7 @@ class Recommender(nn.Module):
         real_BL = batch.target_BL > 0
         target_P = batch.target_BL[real_BL]
         if not len(target_P):
-            return nothing(self)
+            return nothing(self, self.sparse_parameters())
         past_BL = batch.history.item_BL
         n_past = past_BL.numel()
         used = torch.cat([past_BL.flatten(), target_P])
@@ -248,6 +250,11 @@ class Recommender(nn.Module):
         """Those that start from another task's weights and change slowly."""
         cnn = self.item_encoder.cnn
         return list(cnn.upper.parameters()) if isinstance(cnn, PretrainedCNN) else []
+
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """Tables whose gradients are sparse."""
+        table = self.item_encoder.id
+        return list(table.parameters()) if table is not None and table.sparse else []
 
     def stage_parameters(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage trains: the fusion's own, or all others."""

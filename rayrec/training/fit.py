@@ -118,8 +118,11 @@ class Peers(Together, Protocol):
     rank: int
     device: torch.device
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose backward pass averages gradients over the workers."""
+    def wrap(self, model: nn.Module, apart: Sequence[nn.Parameter] = ()) -> nn.Module:
+        """The module whose backward pass averages gradients over the workers, but for those of `apart`."""
+
+    def average(self, table: nn.Parameter) -> Tensor | None:
+        """The mean over the workers of a table's sparse gradients, which is apart in `wrap`; None if none."""
 
     def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
         """The value that the first worker gives, on every worker."""
@@ -216,10 +219,10 @@ class Fit:
         chosen = {id(parameter) for parameter in parameters}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
-        steps = self._steps(stage)
+        steps, tables = self._steps(stage), self.model.sparse_parameters()
         learner = Learner(
-            self.peers.wrap(self.model), parameters, train, stage.epochs * steps, self.peers.device,
-            slow=self.model.pretrained_parameters(),
+            self.peers.wrap(self.model, tables), parameters, train, stage.epochs * steps, self.peers.device,
+            slow=self.model.pretrained_parameters(), tables=tables, average=self.peers.average,
         )  # fmt: skip
         stopper, first, so_far = EarlyStop(train.patience), 0, None
         best = {name: value.clone() for name, value in self.model.state_dict().items()}
