@@ -174,7 +174,7 @@ class Pair(Group, Alone):
         if rank == 0:
             super()._put(save)
 
-shop, config = Dataset.open(str(folder / "dataset")), tinyshop.tiny("train.epochs=1", "train.refit_epochs=1")
+shop, config = Dataset.open(str(folder / "dataset")), tinyshop.tiny("train.epochs=1", "train.refit_epochs=1", *sys.argv[4:])
 facts = survey(shop, tinyshop.N_ITEMS, config)
 fit = Fit(Job(config, shop.path, facts.first_stage, facts.rows), Uneven(shop, config), Pair())
 fit.run()
@@ -183,15 +183,19 @@ print(json.dumps([lines, sum(float(p.detach().double().sum()) for p in fit.model
 """
 
 
+ROWWISE = ("train.id_optimizer=rowwise_adagrad", "train.negatives=8")
+
+
 @pytest.mark.timeout(200)
-def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [(), pytest.param(ROWWISE, marks=pytest.mark.slow)])
+def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path, settings: tuple[str, ...]) -> None:
     tinyshop.write(tmp_path / "dataset")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(port), str(tmp_path)],
+            [sys.executable, "-c", WORKER, str(rank), str(port), str(tmp_path), *settings],
             stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
         )
         for rank in (0, 1)
