@@ -174,7 +174,8 @@ class Pair(Group, Alone):
         if rank == 0:
             super()._put(save)
 
-shop, config = Dataset.open(str(folder / "dataset")), tinyshop.tiny("train.epochs=1", "train.refit_epochs=1", *sys.argv[4:])
+shop = Dataset.open(str(folder / "dataset"))
+config = tinyshop.tiny("train.epochs=1", "train.refit_epochs=1", *sys.argv[4:])
 facts = survey(shop, tinyshop.N_ITEMS, config)
 fit = Fit(Job(config, shop.path, facts.first_stage, facts.rows), Uneven(shop, config), Pair())
 fit.run()

@@ -48,6 +48,20 @@ def bench_images(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json =
     _show(run(events, rounds), as_json)
 
 
+@bench_app.command("ids")
+def bench_ids(
+    items: Annotated[int, typer.Option(min=10, help="Of the catalogue that is made for it.")] = 1_000_000,
+    steps: Annotated[int, typer.Option(min=1, help="That are timed of each in a round.")] = 10,
+    rounds: Rounds = 3,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """A step with a large table of ids: AdamW over all of it against row-wise Adagrad over the rows that were read."""
+    from rayrec.bench.id_table import run
+
+    _show(run(items, steps, rounds, set_ or []), as_json)
+
+
 @bench_app.command("sizing")
 def bench_sizing(
     preset_: Annotated[str, typer.Option("--preset", help="Whose model: small or base.")] = "small",
