@@ -217,6 +217,9 @@ class TrainConfig(Settings):
         48, description="distinct images encoded with gradient a step, 0: none, all: of all that it scores"
     )
     image_refresh: int = Field(192, ge=1, description="images encoded without gradient a step, all in turn")
+    image_recompute: int = Field(
+        0, ge=0, description="images whose activations are held at a time, and computed again for gradients; 0: all"
+    )
     image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
     id_optimizer: Literal["adamw", "rowwise_adagrad"] = Field(
         "adamw", description="of the table of ids; row-wise: a step moves what it read, one number of state a row"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rayrec.catalogue import Catalogue, Ragged
 from rayrec.config import SCRATCH, ModelConfig
@@ -305,6 +306,7 @@ class ItemEncoder(nn.Module):
         self.config = config
         self.id = nn.Embedding(n_items + 1, width, padding_idx=0) if config.use_id else None
         self.cnn = picture_encoder(config) if config.use_image else None
+        self.recompute = 0  # pictures at a time, see train.image_recompute
         self.frozen_features = isinstance(self.cnn, PretrainedCNN) and not len(self.cnn.upper)
         if config.use_attributes:
             self.category = nn.EmbeddingBag(max(2, n_categories), width, padding_idx=0, mode="mean")
@@ -329,9 +331,17 @@ class ItemEncoder(nn.Module):
 
     def images(self, items: ItemTable, item_M: Tensor) -> Tensor:
         """Picture vectors, with gradient, of items that have a picture. [M] int64 -> [M, D]."""
-        assert self.cnn is not None
+        picture_MX = items.picture_MX[items.image_row_N[item_M]]
         # float: mixed precision computes in bf16, the table is float32.
-        return self.cnn(items.picture_MX[items.image_row_N[item_M]]).float() * PICTURE_GAIN
+        return self._encoded(picture_MX).float() * PICTURE_GAIN
+
+    def _encoded(self, picture_MX: Tensor) -> Tensor:
+        """By the CNN; where `recompute` says so, in parts of which only the pictures are kept (Chen et al. 2016)."""
+        assert self.cnn is not None
+        if not self.recompute or not torch.is_grad_enabled():
+            return self.cnn(picture_MX)
+        parts = (checkpoint(self.cnn, part, use_reentrant=False) for part in picture_MX.split(self.recompute))
+        return torch.cat(list(parts))
 
     @torch.no_grad()
     def refresh_images(self, items: ItemTable, some: int = 0, batch: int = 512) -> None:

@@ -82,6 +82,7 @@ class Recommender(nn.Module):
         self.behaviour = Behaviour(config.model)
         self.fusion = Fusion(config.model)
         train = config.train
+        self.item_encoder.recompute = train.image_recompute
         if self.item_encoder.id is not None:
             self.item_encoder.id.sparse = train.id_optimizer == "rowwise_adagrad"
         self.sampler = NegativeSampler(n_train_N, 0.0 if train.loss == "gbce" else train.negative_alpha)
