@@ -220,6 +220,9 @@ class TrainConfig(Settings):
     image_recompute: int = Field(
         0, ge=0, description="images whose activations are held at a time, and computed again for gradients; 0: all"
     )
+    image_held: Literal["all", "share"] = Field(
+        "all", description="images that a worker loads; share: of its part of the shards, which alone it encodes"
+    )
     image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
     id_optimizer: Literal["adamw", "rowwise_adagrad"] = Field(
         "adamw", description="of the table of ids; row-wise: a step moves what it read, one number of state a row"
@@ -258,6 +261,12 @@ class Config(Settings):
     preset: str = "small"
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _pictures_can_be_shared(self) -> Config:
+        if self.train.image_held == "share" and (self.model.kind == "paper" or self.model.image_backbone != SCRATCH):
+            raise ValueError("train.image_held=share: only where the CNN learns from scratch, and not the paper's")
+        return self
 
     @model_validator(mode="after")
     def _there_is_a_table(self) -> Config:

@@ -59,7 +59,7 @@ class BesideRows(Recommender):
         vector_ED = self.item_encoder.images(self.items, event_E)
         sum_MD = torch.zeros(len(item_M), vector_ED.shape[1]).index_add(0, place_E, vector_ED)
         vector_MD = sum_MD / n_M[:, None]  # of equal ones: their gradients add up
-        self.item_encoder.image_ND[item_M] = vector_MD.detach()
+        self.item_encoder.cache(item_M, vector_MD)
         return Fresh(item_M, vector_MD), Fresh(item_M, vector_MD)
 
 

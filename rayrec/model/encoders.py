@@ -322,6 +322,8 @@ class ItemEncoder(nn.Module):
         self.image_ND: Tensor
         self.refreshed = 0
         self.register_buffer("image_ND", torch.zeros(n_items + 1, width), persistent=False)
+        self.news_N: Tensor  # what was encoded since other workers heard of it
+        self.register_buffer("news_N", torch.zeros(n_items + 1, dtype=torch.bool), persistent=False)
 
     def over(self, n_rows: int) -> ItemEncoder:
         """The same weights, for as many items, of which no picture has been encoded."""
@@ -343,6 +345,11 @@ class ItemEncoder(nn.Module):
         parts = (checkpoint(self.cnn, part, use_reentrant=False) for part in picture_MX.split(self.recompute))
         return torch.cat(list(parts))
 
+    def cache(self, item_M: Tensor, vector_MD: Tensor) -> None:
+        """Put picture vectors into the table."""
+        self.image_ND[item_M] = vector_MD.detach()
+        self.news_N[item_M] = True
+
     @torch.no_grad()
     def refresh_images(self, items: ItemTable, some: int = 0, batch: int = 512) -> None:
         """Encode every picture anew into the table that `forward` reads, or the next `some` in turn."""
@@ -356,7 +363,7 @@ class ItemEncoder(nn.Module):
         else:
             self.refreshed = 0
         for part_M in item_M.split(batch):
-            self.image_ND[part_M] = self.images(items, part_M)
+            self.cache(part_M, self.images(items, part_M))
 
     def forward(self, items: ItemTable, row_R: Tensor | None = None, fresh: Fresh | None = None) -> Tensor:
         """Vectors of the items in `row_R` ([R] int64; all N + 1 if None). -> [R, D] float32; padding gives zeros.

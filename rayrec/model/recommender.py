@@ -6,7 +6,7 @@ In: batches. Out: losses, user and item vectors, logits. It must not know files 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,8 @@ class Recommender(nn.Module):
         self.sampler = NegativeSampler(n_train_N, 0.0 if train.loss == "gbce" else train.negative_alpha)
         full = train.loss == "softmax" and n_items <= train.full_softmax_below
         self.sampled = train.negatives or (0 if full else SAMPLED_NEGATIVES)
+        # Set where workers hold different pictures, see `fit.Peers.exchange`.
+        self.exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         # The fusion trains on frozen vectors; they are set when the first stage is done.
         self.vector_ND: Tensor | None = None
 
@@ -156,7 +158,7 @@ class Recommender(nn.Module):
         other_M, other_share = self._some_with_picture(other_M, budget // 2)
         fresh_M, place = torch.cat([used_M, other_M]).unique(return_inverse=True)
         fresh_MD = encoder.images(self.items, fresh_M)
-        encoder.image_ND[fresh_M] = fresh_MD.detach()
+        encoder.cache(fresh_M, fresh_MD)
         used_MD, other_MD = fresh_MD[place].split([len(used_M), len(other_M)])
         return Fresh(used_M, used_MD), Fresh(other_M, other_MD, used_share / max(other_share, 1e-9))
 
@@ -188,6 +190,20 @@ class Recommender(nn.Module):
     def refresh(self) -> None:
         """Bring what is cached between steps (picture vectors) up to date with the weights."""
         self.item_encoder.refresh_images(self.items)
+        self.share_pictures()
+
+    def share_pictures(self) -> None:
+        """Where workers hold different pictures: tell the others of what this one encoded since, and hear of theirs.
+
+        Every worker calls it at the same place.
+        """
+        encoder = self.item_encoder
+        if self.exchange is None or encoder.cnn is None:
+            return
+        item_M = torch.nonzero(encoder.news_N).squeeze(1)
+        item_M, vector_MD = self.exchange(item_M, encoder.image_ND[item_M])
+        encoder.cache(item_M, vector_MD)
+        encoder.news_N.zero_()
 
     @torch.no_grad()
     def encode_items(self) -> Tensor:

@@ -44,6 +44,7 @@ from rayrec.training.batches import (
 )
 from rayrec.training.calibrate import calibrate
 from rayrec.training.checkpoints import STATE
+from rayrec.training.held_images import held_images
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, Together, train_epoch
 from rayrec.training.runs import differences
 from rayrec.training.warm_start import warm_start
@@ -124,6 +125,9 @@ class Peers(Together, Protocol):
     def average(self, table: nn.Parameter) -> Tensor | None:
         """The mean over the workers of a table's sparse gradients, which is apart in `wrap`; None if none."""
 
+    def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that the workers give, and what they give of each, of all workers one after the other."""
+
     def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
         """The value that the first worker gives, on every worker."""
 
@@ -168,11 +172,13 @@ class Fit:
                 "training was started with: every node must see the same files; name a place that all nodes share"
             )
         self.catalogue: Catalogue = self.dataset.catalogue()
-        images = self.dataset.images() if config.model.use_image else None
+        images = held_images(self.dataset, config, self.peers.rank, self.peers.world)
         item_M, pixels_MHWC = (images.item_M, images.pixels_MHWC) if images else (None, None)
         self.model = build(
             config, self.catalogue, item_M, pixels_MHWC, device=self.peers.device, keep=self.job.keep
         ).to(self.peers.device)
+        if config.train.image_held == "share" and isinstance(self.model, Recommender):
+            self.model.exchange = self.peers.exchange
         if self.job.start_from and self.resume is None:
             vocab = {name: self.dataset.vocab(name) for name in ("categories", "brands")}
             warm_start(self.model, self.catalogue, vocab, Bundle.open(self.job.start_from))
@@ -288,6 +294,8 @@ class Fit:
         wished: Sequence[float],
     ) -> None:
         """Write a checkpoint after a step, if any worker wished for one. Raises EndedError if one wished to end."""
+        if stage.name != "fusion" and isinstance(self.model, Recommender):
+            self.model.share_pictures()
         due, end, look = (wish > 0 for wish in wished)
         if look:
             self.looked_at = time.monotonic()

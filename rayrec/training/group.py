@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rayrec.training.rowwise import rows_of
+
 
 class Group:
     """A worker of `world`; alone it needs no process group."""
@@ -34,19 +36,21 @@ class Group:
         """See `fit.Peers`. Each worker hears the rows of all: no more is sent than was read."""
         if self.world == 1:
             return table.grad
-        given = table.grad.coalesce() if table.grad is not None else None
-        row_R = given.indices()[0] if given is not None else torch.zeros(0, dtype=torch.int64, device=self.device)
-        grad_RD = given.values() if given is not None else table.new_zeros(0, table.shape[1])
+        nothing = (torch.zeros(0, dtype=torch.int64, device=self.device), table.new_zeros(0, table.shape[1]))
+        row_S, grad_SD = self.exchange(*(nothing if table.grad is None else rows_of(table.grad.coalesce())))
+        return torch.sparse_coo_tensor(row_S[None], grad_SD / self.world, table.shape) if len(row_S) else None
+
+    def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """See `fit.Peers`."""
+        if self.world == 1:
+            return row_R, value_RD
         n_W = self._gather(torch.tensor([len(row_R)], device=self.device))
-        most = int(torch.cat(n_W).max())
-        if not most:
-            return None
-        spare = most - len(row_R)  # collectives take equal shapes
+        spare = int(torch.cat(n_W).max()) - len(row_R)  # collectives take equal shapes
         row_WR = self._gather(F.pad(row_R, (0, spare)))
-        grad_WRD = self._gather(F.pad(grad_RD, (0, 0, 0, spare)))
-        rows = [(row_R[:n], grad_RD[:n]) for row_R, grad_RD, n in zip(row_WR, grad_WRD, n_W, strict=True)]
-        row_S, grad_SD = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        return torch.sparse_coo_tensor(row_S[None], grad_SD / self.world, table.shape)
+        value_WRD = self._gather(F.pad(value_RD, (0, 0, 0, spare)))
+        rows = [(row_R[:n], value_RD[:n]) for row_R, value_RD, n in zip(row_WR, value_WRD, n_W, strict=True)]
+        row_S, value_SD = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        return row_S, value_SD
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of each worker; shapes are equal."""

@@ -67,6 +67,10 @@ class Alone(OneWorker):
         """See `fit.Peers`."""
         return table.grad
 
+    def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """See `fit.Peers`."""
+        return row_R, value_RD
+
     def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
         """See `fit.Peers`."""
         assert value is not None
