@@ -129,27 +129,29 @@ from rayrec.config import TrainConfig
 from rayrec.training.group import Group
 from rayrec.training.loop import Learner
 
-rank, port = int(sys.argv[1]), sys.argv[2]
+rank, port, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+device = torch.device("cpu" if backend == "gloo" else f"cuda:{rank}")
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-peers, model = Group(rank, 2, torch.device("cpu")), test_rowwise.Lookup(sparse=True)
+torch.distributed.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+peers, model = Group(rank, 2, device), test_rowwise.Lookup(sparse=True).to(device)
 tables = [model.table.weight]
-learner = Learner(peers.wrap(model, tables), list(model.parameters()), TrainConfig(), 9, torch.device("cpu"),
+learner = Learner(peers.wrap(model, tables), list(model.parameters()), TrainConfig(), 9, device,
                   tables=tables, average=peers.average)
 for first, second in (([1, 2, 2], [2, 4]), ([], []), ([3], []), ([5, 6, 5, 5], [5])):
-    learner.train_step(torch.tensor(second if rank else first, dtype=torch.int64))
+    learner.train_step(torch.tensor(second if rank else first, dtype=torch.int64, device=device))
 print(json.dumps([p.tolist() for p in model.parameters()]))
+torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.timeout(120)
-def test_two_workers_take_the_steps_of_one_with_both_batches() -> None:
+def weights_of_two_workers(backend: str) -> list[list[Tensor]]:
+    """What each of two workers ends with."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(port)],
+            [sys.executable, "-c", WORKER, str(rank), str(port), backend],
             stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
         )
         for rank in (0, 1)
@@ -159,12 +161,22 @@ def test_two_workers_take_the_steps_of_one_with_both_batches() -> None:
     finally:
         for one in started:
             one.kill()
+    return [[torch.tensor(weights) for weights in one] for one in said]
+
+
+def weights_of_one_with_both() -> list[Tensor]:
     model = Lookup(sparse=True)
     learner = Learner(
         model, list(model.parameters()), TrainConfig(), 9, torch.device("cpu"), tables=[model.table.weight]
     )
     for both in ([1, 2, 2, 2, 4], [], [3], [5, 6, 5, 5, 5]):
         learner.step_on([(torch.tensor(both, dtype=torch.int64), 500.0)])  # the mean of two workers
-    assert said[0] == said[1]
-    for ours, whole in zip(said[0], model.parameters(), strict=True):
-        torch.testing.assert_close(torch.tensor(ours), whole.detach(), atol=1e-5, rtol=1e-4)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.timeout(120)
+def test_two_workers_take_the_steps_of_one_with_both_batches() -> None:
+    first, second = weights_of_two_workers("gloo")
+    for ours, theirs, whole in zip(first, second, weights_of_one_with_both(), strict=True):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)

@@ -231,7 +231,7 @@ class Fit:
             slow=self.model.pretrained_parameters(), tables=tables, average=self.peers.average,
         )  # fmt: skip
         stopper, first, so_far = EarlyStop(train.patience), 0, None
-        best = {name: value.clone() for name, value in self.model.state_dict().items()}
+        best = self._weights()
         if saved and saved["stage"] == stage.name:
             learner.restore(saved["learner"])
             stopper, best, within = EarlyStop(train.patience, *saved["stopper"]), saved["best"], saved["within"]
@@ -258,9 +258,13 @@ class Fit:
             so_far = None
             metrics = self._validate(stage)
             if stopper.better(score(metrics)) or not stage.by_validation:
-                best = {name: value.clone() for name, value in self.model.state_dict().items()}
+                best = self._weights()
             self._report(stats, metrics, learner, stopper, best)
         self.model.load_state_dict(best)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy in main memory: a GPU has better use for room for another table of ids."""
+        return {name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()}
 
     def _rng(self, stage: Stage, epoch: int) -> np.random.Generator:
         return np.random.default_rng([self.job.config.train.seed, len(stage.name), epoch, self.peers.rank])
@@ -445,7 +449,7 @@ class Fit:
         self.model.load_state_dict(load_file(self.resume / "model.safetensors"))
         if saved["stage"] == "done":
             return saved
-        saved["best"] = {n: v.to(self.peers.device) for n, v in load_file(self.resume / "best.safetensors").items()}
+        saved["best"] = load_file(self.resume / "best.safetensors")
         saved["learner"] = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
         if saved["within"]:
             own = self.resume / f"worker-{self.peers.rank}.pt"
