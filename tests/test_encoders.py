@@ -155,6 +155,14 @@ def test_activations_computed_again_give_the_same_gradients_and_are_not_kept(cat
     assert kept[1] < kept[0] / 5
 
 
+def test_vectors_of_all_items_come_in_parts(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(catalogue)
+    whole = model.encode_items()
+    monkeypatch.setattr("rayrec.model.recommender.ROWS_AT_ONCE", 7)
+    torch.testing.assert_close(model.encode_items(), whole)
+    assert whole.shape == (tinyshop.N_ITEMS + 1, 16)
+
+
 def test_a_vector_of_an_item_does_not_depend_on_its_company(catalogue: Catalogue) -> None:
     model = model_of(catalogue).eval()
     with torch.no_grad():

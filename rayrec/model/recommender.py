@@ -26,6 +26,7 @@ from rayrec.model.paper import PaperModel
 from rayrec.schema import HEADS
 
 SAMPLED_NEGATIVES = 1024
+ROWS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,9 @@ class Recommender(nn.Module):
         was_training = self.training
         self.eval()
         self.refresh()
-        vector_ND = self.item_encoder(self.items)
+        rows_N = torch.arange(len(self.items.brand_N), device=self.items.brand_N.device)
+        # In parts: what a vector is the sum of takes as much memory as the vectors, several times over.
+        vector_ND = torch.cat([self.item_encoder(self.items, part) for part in rows_N.split(ROWS_AT_ONCE)])
         self.train(was_training)
         return vector_ND
 
