@@ -1,8 +1,8 @@
 """`rayrec bench ids`: a step of the first stage with a large table of ids, under each optimiser of that table.
 
-In: how many items, steps, rounds, settings. Out: seconds of a step, by the clock and of CPU, and bytes of the table, its
-gradient and its optimiser's state. Negatives are sampled, as they are from 50,000 items on. Models and batches are the
-same.
+In: how many items, steps, rounds, settings. Out: seconds of a step, by the clock and of CPU, and bytes of the table,
+its gradient and its optimiser's state. Negatives are sampled, as they are from 50,000 items on. Models and batches are
+the same.
 """
 
 from __future__ import annotations
