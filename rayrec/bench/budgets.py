@@ -104,7 +104,7 @@ def run(
 
 @dataclass(frozen=True)
 class Pace:
-    """Steps of the first stage: rows a second (and a CPU second), and pictures a step with gradient and for the cache."""
+    """Steps of the first stage: rows a second and a CPU second; pictures a step with gradient, and for the cache."""
 
     rows_per_s: float
     rows_per_cpu_s: float
