@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -191,6 +192,15 @@ class ModelConfig(Settings):
         return self
 
 
+def _number_or_all(budget: Any) -> int | str:
+    if budget == "all" or (isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0):
+        return budget
+    raise ValueError("must be a number from 0 on, or all")
+
+
+ImageBudget = Annotated[int | Literal["all"], PlainValidator(_number_or_all)]
+
+
 class TrainConfig(Settings):
     """How the model is trained."""
 
@@ -203,11 +213,21 @@ class TrainConfig(Settings):
     clip_norm: float = Field(5.0, ge=0, description="longest gradient; 0 is off")
     patience: int = Field(3, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     valid_users: int = Field(2000, ge=1, description="users sampled for validation after each epoch")
-    image_budget: int = Field(
-        48, ge=0, description="distinct images encoded with gradient a step (frozen features: all)"
+    image_budget: ImageBudget = Field(
+        48, description="distinct images encoded with gradient a step, 0: none, all: of all that it scores"
     )
     image_refresh: int = Field(192, ge=1, description="images encoded without gradient a step, all in turn")
+    image_recompute: int = Field(
+        0, ge=0, description="images whose activations are held at a time, and computed again for gradients; 0: all"
+    )
+    image_held: Literal["all", "share"] = Field(
+        "all", description="images that a worker loads; share: of its part of the shards, which alone it encodes"
+    )
     image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
+    id_optimizer: Literal["adamw", "rowwise_adagrad"] = Field(
+        "adamw", description="of the table of ids; row-wise: a step moves what it read, one number of state a row"
+    )
+    id_lr: float = Field(3.0, gt=0, description="times `lr` with which rowwise_adagrad learns")
     loss: Literal["softmax", "bpr_max", "gbce"] = "softmax"
     negatives: int = Field(
         0, ge=0, description="sampled for a batch; 0: softmax over all items, 1024 for other losses, 4 for paper"
@@ -241,6 +261,18 @@ class Config(Settings):
     preset: str = "small"
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _pictures_can_be_shared(self) -> Config:
+        if self.train.image_held == "share" and (self.model.kind == "paper" or self.model.image_backbone != SCRATCH):
+            raise ValueError("train.image_held=share: only where the CNN learns from scratch, and not the paper's")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_table(self) -> Config:
+        if self.train.id_optimizer != "adamw" and (self.model.kind == "paper" or not self.model.use_id):
+            raise ValueError(f"train.id_optimizer={self.train.id_optimizer}: this model has no table of ids")
+        return self
 
 
 PRESETS: dict[str, Config] = {

@@ -42,7 +42,7 @@ def test_what_was_run_is_kept_and_told(shop: Dataset, tmp_path: Path, monkeypatc
     assert json.loads((tmp_path / "cold.json").read_text()) == result
     assert f"| {PICTURES} | 2 |" in (tmp_path / "cold.md").read_text()
 
-    monkeypatch.setattr(cold, "train_alone", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(cold, "trained", lambda *_, **__: pytest.fail("trained again"))
     assert run(shop.path, tmp_path, **given) == result
 
 

@@ -134,6 +134,35 @@ def test_an_encoded_picture_teaches_the_cnn_and_enters_the_table(catalogue: Cata
     )
 
 
+def test_activations_computed_again_give_the_same_gradients_and_are_not_kept(catalogue: Catalogue) -> None:
+    quiet = ("model.dropout=0", "model.id_dropout=0", "train.image_budget=all", "model.cnn_channels=[8,8]")
+    gradients, kept = [], []
+    for recompute in (0, 5):
+        model = model_of(catalogue, f"train.image_recompute={recompute}", *quiet).train()
+        assert model.item_encoder.cnn is not None
+        sizes: dict[int, int] = {}  # of what the CNN keeps for its backward pass, by where it lies
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda kept, sizes=sizes: sizes.__setitem__(kept.data_ptr(), kept.nbytes) or kept, lambda kept: kept
+        ):
+            vector_MD = model.item_encoder.images(model.items, torch.nonzero(model.items.image_row_N >= 0).squeeze(1))
+        del vector_MD
+        kept.append(sum(sizes.values()))
+        model(next_items([1, 2, 3, 2, 1], [2, 3, 4, 7])).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    assert kept[1] < kept[0] / 5
+
+
+def test_vectors_of_all_items_come_in_parts(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(catalogue)
+    whole = model.encode_items()
+    monkeypatch.setattr("rayrec.model.recommender.ROWS_AT_ONCE", 7)
+    torch.testing.assert_close(model.encode_items(), whole)
+    assert whole.shape == (tinyshop.N_ITEMS + 1, 16)
+
+
 def test_a_vector_of_an_item_does_not_depend_on_its_company(catalogue: Catalogue) -> None:
     model = model_of(catalogue).eval()
     with torch.no_grad():

@@ -28,6 +28,7 @@ def test_by_hand() -> None:
     assert amount["arithmetic an event"] == pytest.approx(3 * (8 * 16 * 24 + 16 * 1024) / 1e6)
     assert amount["train a day on CPUs"] == pytest.approx(6000 / 3600)
     assert amount["table of item ids in training"] == pytest.approx(0.128)
+    assert amount["the same by rows"] == pytest.approx(0.036)
     assert amount["of a GPU's memory"] == pytest.approx(0.128)
     assert amount["cores for them"] == pytest.approx(2 * 0.02 / 0.5)
     assert amount["memory of a replica"] == pytest.approx(1.0)

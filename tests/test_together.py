@@ -174,24 +174,34 @@ class Pair(Group, Alone):
         if rank == 0:
             super()._put(save)
 
-shop, config = Dataset.open(str(folder / "dataset")), tinyshop.tiny("train.epochs=1", "train.refit_epochs=1")
+shop = Dataset.open(str(folder / "dataset"))
+config = tinyshop.tiny("train.epochs=1", "train.refit_epochs=1", *sys.argv[4:])
 facts = survey(shop, tinyshop.N_ITEMS, config)
 fit = Fit(Job(config, shop.path, facts.first_stage, facts.rows), Uneven(shop, config), Pair())
 fit.run()
 lines = [[line["stage"], line["loss"], line["steps"], line["samples"]] for line in fit.history]
-print(json.dumps([lines, sum(float(p.detach().double().sum()) for p in fit.model.parameters())]))
+encoder = fit.model.item_encoder
+print(json.dumps([
+    lines, sum(float(p.detach().double().sum()) for p in fit.model.parameters()),
+    torch.nonzero(fit.model.items.image_row_N >= 0).squeeze(1).tolist(), encoder.image_ND.double().sum(1).tolist(),
+]))
 """
 
 
+APART = ("train.id_optimizer=rowwise_adagrad", "train.negatives=8", "train.image_held=share", "train.image_budget=8")
+"""What data-parallel wrappers do not bring together: gradients of ids, and pictures, half of them on each worker."""
+
+
 @pytest.mark.timeout(200)
-def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [(), APART])
+def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path, settings: tuple[str, ...]) -> None:
     tinyshop.write(tmp_path / "dataset")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(port), str(tmp_path)],
+            [sys.executable, "-c", WORKER, str(rank), str(port), str(tmp_path), *settings],
             stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
         )
         for rank in (0, 1)
@@ -201,9 +211,13 @@ def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path) -> No
     finally:
         for one in started:
             one.kill()
-    (first, first_sum), (second, second_sum) = said
+    (first, first_sum, first_held, first_table), (second, second_sum, second_held, second_table) = said
     assert [line[:3] for line in first] == [line[:3] for line in second], "the loss is over the targets of both"
     assert first_sum == pytest.approx(second_sum, rel=1e-9), "equal weights"
+    pictures = [item for item in range(1, tinyshop.N_ITEMS + 1) if item % 7]
+    assert (sorted(first_held + second_held) if settings else first_held) == pictures
+    assert first_table == pytest.approx(second_table, abs=1e-6), "each hears of the pictures that the other encodes"
+    assert all((value != 0) == (item in pictures) for item, value in enumerate(first_table))
     samples = {one[0]: (one[3], other[3]) for one, other in zip(first, second, strict=True)}
     assert samples["retrieval"][1] == 0 < samples["retrieval"][0]
     assert samples["refit"][0] < samples["refit"][1]

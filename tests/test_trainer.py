@@ -52,9 +52,9 @@ def witness(folder: Path, fail_at: tuple[int, ...] = ()) -> Callable[[dict[str, 
         from rayrec.training import workers
 
         class Witness(workers.RayPeers):
-            def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+            def wrap(self, model: torch.nn.Module, apart: Any = ()) -> torch.nn.Module:
                 self.model = model
-                return super().wrap(model)
+                return super().wrap(model, apart)
 
             def report(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
                 epoch, stage = metrics.get("epoch", 0), metrics["stage"]

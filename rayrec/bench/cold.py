@@ -8,22 +8,16 @@ Volkovs et al. (DropoutNet, 2017) and Zhu et al. (Heater, 2020) do, and beside t
 from __future__ import annotations
 
 import json
-import statistics
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-from safetensors.torch import load_file
 
+from rayrec.bench.judged import PARTS, Run, cell, comparison, gains, judged_row, trained
 from rayrec.bench.kept import Made, kept
-from rayrec.bench.paired import interval, p_value
 from rayrec.catalogue import Catalogue
 from rayrec.config import SCRATCH, Config, preset, with_settings
 from rayrec.data.dataset import Dataset
@@ -33,18 +27,8 @@ from rayrec.errors import UsageError
 from rayrec.evaluation.judge import cold_items
 from rayrec.evaluation.metrics import ndcg
 from rayrec.evaluation.oracle import oracle_figures
-from rayrec.evaluation.replay import ReplaySettings, replay, users_at_once
-from rayrec.model.recommender import build
-from rayrec.model.scorer import Scorer
 from rayrec.progress import step
-from rayrec.training.local import train_alone
-from rayrec.training.survey import survey
 
-PARTS = {
-    "cold": "cold items, among cold",
-    "cold_in_all": "cold items, among all",
-    "known": "known items, among all",
-}
 ITEM_SEED = 0
 Settings = dict[str, Any]
 
@@ -98,7 +82,7 @@ def run(
         for variant in chosen
         if not only or variant.name in only
     }
-    rows = [_row(name, runs) for name, runs in found.items()]
+    rows = [judged_row(name, runs) for name, runs in found.items()]
     result = {
         "bench": "cold",
         "dataset": dataset_path,
@@ -122,14 +106,6 @@ def run(
 
 
 # ---------------------------------------------------------------- runs
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training judged: each user's NDCG@10 in each part, by user, and what the training took."""
-
-    gain: dict[str, dict[str, float]]
-    train_s: float
 
 
 @dataclass(frozen=True)
@@ -162,52 +138,18 @@ class Shop:
 
         def make() -> Made:
             step(f"{self.folder.parent.name}: {variant.name}, seed {seed}")
-            return self._train(config)
+            return trained(self.dataset, self.catalogue, self.sequences, config, keep=self.folder.parent / "pictures")
 
         place = self.folder.parent / "runs"
         place.mkdir(exist_ok=True)
         key = [self.folder.name, config.model_dump(mode="json")]
         body, answers = kept(place, variant.name.replace(" ", ""), key, seed, make)
-        return Run(_gains(answers, self.catalogue), body["train_s"])
-
-    def _train(self, config: Config) -> Made:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as scratch:
-            folder = Path(scratch)
-            train_alone(self.dataset, config, folder, keep=self.folder.parent / "pictures")
-            took_s = time.monotonic() - started
-            model = build(config, self.catalogue, weights=load_file(folder / "model.safetensors"))
-            vectors_ND = np.load(folder / "vectors.npy", allow_pickle=False)
-        followers = survey(self.dataset, len(self.catalogue), config).everything
-        scorer = Scorer(model, self.catalogue, vectors_ND, followers, self.dataset.clock)
-        answers = replay({"model": scorer}, self.sequences, self._judging(config.model.max_len))
-        return {"settings": config.model_dump(mode="json"), "train_s": round(took_s, 1)}, answers
-
-    def _judging(self, max_len: int) -> ReplaySettings:
-        n_items = len(self.catalogue)
-        return ReplaySettings(
-            "test", n_items, self.dataset.clock, max_len,
-            batch=users_at_once(n_items),
-            protocols=("metrics", "cold"), cold=cold_items(self.catalogue),
-        )  # fmt: skip
+        return Run(gains(answers, self.catalogue), body["train_s"])
 
     def oracle(self, raw: Path) -> dict[str, float | None]:
         """NDCG@10 of the one who knows the shop's rule, of cold items among cold."""
         found = oracle_figures(Oracle.open(raw), self.dataset)
         return {"cold": found["cold"]["ndcg@10"]}
-
-
-def _gains(answers: pa.Table, catalogue: Catalogue) -> dict[str, dict[str, float]]:
-    """NDCG@10 of each user in each of PARTS."""
-    found: dict[str, dict[str, float]] = {}
-    for part in PARTS:
-        protocol = "cold" if part == "cold" else "metrics"
-        rows = answers.filter(pc.equal(answers["protocol"], protocol)).sort_by("user_id")
-        cold_U = catalogue.n_train[rows["target"].to_numpy()] == 0
-        chosen_U = ~cold_U if part == "known" else cold_U
-        users = rows["user_id"].to_numpy(zero_copy_only=False)[chosen_U].tolist()
-        found[part] = dict(zip(users, ndcg(rows["rank"].to_numpy()[chosen_U], 10).tolist(), strict=True))
-    return found
 
 
 def chance(n: int) -> float:
@@ -216,36 +158,6 @@ def chance(n: int) -> float:
 
 
 # ---------------------------------------------------------------- the tables
-
-
-def _mean_U(runs: Sequence[Run], part: str) -> npt.NDArray[np.float64]:
-    """Each user's gain, mean over seeds; users in one order. [U]"""
-    return np.mean([list(run.gain[part].values()) for run in runs], axis=0)
-
-
-def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    row: dict[str, Any] = {"variant": name, "seeds": len(runs)}
-    row["train_s"] = statistics.median(run.train_s for run in runs)
-    for part in PARTS:
-        gain_U = _mean_U(runs, part)
-        row[part] = {"users": len(gain_U), "ndcg@10": None, "interval": None}
-        if len(gain_U):
-            row[part] |= {"ndcg@10": float(gain_U.mean()), "interval": interval(gain_U)}
-    return row
-
-
-def comparison(name: str, without: str, found: dict[str, list[Run]]) -> dict[str, Any]:
-    """What the pictures of a variant add, user by user, in each part that somebody is in."""
-    row: dict[str, Any] = {"variant": name, "without": without}
-    for part in PARTS:
-        ours_U, theirs_U = _mean_U(found[name], part), _mean_U(found[without], part)
-        if len(ours_U):
-            row[part] = {
-                "difference": float((ours_U - theirs_U).mean()),
-                "interval": interval(ours_U - theirs_U),
-                "p": p_value(ours_U, theirs_U),
-            }
-    return row
 
 
 def table(result: dict[str, Any]) -> str:
@@ -261,7 +173,7 @@ def table(result: dict[str, Any]) -> str:
         "|---" * len(titles) + "|",
     ]
     for row in result["rows"]:
-        cells = [row["variant"], str(row["seeds"]), *(_cell(row[part]) for part in PARTS)]
+        cells = [row["variant"], str(row["seeds"]), *(cell(row[part]) for part in PARTS)]
         if oracle.get("cold"):
             cells.append(f"{(row['cold']['ndcg@10'] or 0) / oracle['cold']:.0%}")
         cells.append(f"{row['train_s']:.0f}")
@@ -277,10 +189,3 @@ def table(result: dict[str, Any]) -> str:
                 ]  # fmt: skip
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(part: dict[str, Any]) -> str:
-    if part["ndcg@10"] is None:
-        return "–"
-    low, high = part["interval"]
-    return f"{part['ndcg@10']:.4f} ({low:.4f} to {high:.4f}), {part['users']} users"

@@ -48,6 +48,20 @@ def bench_images(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json =
     _show(run(events, rounds), as_json)
 
 
+@bench_app.command("ids")
+def bench_ids(
+    items: Annotated[int, typer.Option(min=10, help="Of the catalogue that is made for it.")] = 1_000_000,
+    steps: Annotated[int, typer.Option(min=1, help="That are timed of each in a round.")] = 10,
+    rounds: Rounds = 3,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """A step with a large table of ids: AdamW over all of it against row-wise Adagrad over the rows that were read."""
+    from rayrec.bench.id_table import run
+
+    _show(run(items, steps, rounds, set_ or []), as_json)
+
+
 @bench_app.command("sizing")
 def bench_sizing(
     preset_: Annotated[str, typer.Option("--preset", help="Whose model: small or base.")] = "small",
@@ -107,6 +121,27 @@ def bench_cold(
 
     result = run(
         dataset, out, share=share, seeds=seeds, backbones=backbone or ["scratch"], only=only or [], raw=raw,
+        settings=set_ or [],
+    )  # fmt: skip
+    _show(result, as_json)
+
+
+@bench_app.command("budgets")
+def bench_budgets(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset with pictures.")],
+    out: Annotated[Path, typer.Option(help="Where runs are kept, and the tables written.")],
+    budgets: Annotated[str, typer.Option(help="Values of train.image_budget, comma-separated.")] = "0,12,48,192,all",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each budget.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="That are timed of each in a round.")] = 20,
+    rounds: Rounds = 3,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy and rows a second by how many pictures a step encodes, and beside every row; goes on where stopped."""
+    from rayrec.bench.budgets import run
+
+    result = run(
+        dataset, out, budgets=[one.strip() for one in budgets.split(",")], seeds=seeds, steps=steps, rounds=rounds,
         settings=set_ or [],
     )  # fmt: skip
     _show(result, as_json)

@@ -25,7 +25,7 @@ def make_dataset(folder: Path, events: int, image_size: int) -> Dataset:
     """Write and open a dataset of about `events` events of users with 20 each, and 2,000 items with pictures."""
     rng = np.random.default_rng(0)
     sequences = _sequences(max(10, events // EVENTS_PER_USER), rng)
-    items = _items(np.bincount(TrainingEvents.of(sequences).item_E, minlength=N_ITEMS + 1)[1:])
+    items = make_items(np.bincount(TrainingEvents.of(sequences).item_E, minlength=N_ITEMS + 1)[1:])
     pixels = rng.integers(0, 256, (N_ITEMS, image_size**2 * 3), np.uint8)
     images = pa.table([np.arange(1, N_ITEMS + 1), [row.tobytes() for row in pixels]], names=IMAGE_SCHEMA.names)
     tables = {"sequences": sequences, "items": items, "images": images.cast(IMAGE_SCHEMA)}
@@ -59,19 +59,21 @@ def _sequences(users: int, rng: np.random.Generator) -> pa.Table:
     return pa.table([names, *lists, *places], names=SEQUENCE_SCHEMA.names).cast(SEQUENCE_SCHEMA)
 
 
-def _items(n_train: np.ndarray) -> pa.Table:
-    ones = np.ones(N_ITEMS, np.int64)
+def make_items(n_train: np.ndarray) -> pa.Table:
+    """Items (schema.ITEM_SCHEMA) with so many training events each. n_train: [N]."""
+    n_items = len(n_train)
+    ones = np.ones(n_items, np.int64)
     columns = {
-        "item_index": np.arange(1, N_ITEMS + 1),
-        "item_id": pa.array([f"{item:06d}" for item in range(N_ITEMS)]),
+        "item_index": np.arange(1, n_items + 1),
+        "item_id": pa.array([f"{item:06d}" for item in range(n_items)]),
         "in_catalogue": ones.astype(bool),
         "has_image": ones.astype(bool),
-        "category_codes": pa.array([[1]] * N_ITEMS, pa.list_(pa.int32())),
+        "category_codes": pa.array([[1]] * n_items, pa.list_(pa.int32())),
         "brand_code": ones,
-        "title_codes": pa.array([[1 + item % 500] for item in range(N_ITEMS)], pa.list_(pa.int32())),
-        "price_scaled": np.linspace(-1, 1, N_ITEMS),
-        "price_bucket": 1 + np.arange(N_ITEMS) % 10,
+        "title_codes": pa.array([[1 + item % 500] for item in range(n_items)], pa.list_(pa.int32())),
+        "price_scaled": np.linspace(-1, 1, n_items),
+        "price_bucket": 1 + np.arange(n_items) % 10,
         "n_train": n_train,
     }
-    cells = [columns.get(field.name, pa.nulls(N_ITEMS, field.type)) for field in ITEM_SCHEMA]
+    cells = [columns.get(field.name, pa.nulls(n_items, field.type)) for field in ITEM_SCHEMA]
     return pa.table(cells, names=ITEM_SCHEMA.names).cast(ITEM_SCHEMA)

@@ -84,11 +84,13 @@ def _training(shop: Shop, rates: Rates, config: Config) -> Iterator[Need]:
     flops = BACKWARD * (lstm + softmax)
     events = shop.events_a_day * shop.epochs
     table = shop.items * width * FLOAT_BYTES * ADAM_COPIES
+    rowwise = shop.items * (width + 1) * FLOAT_BYTES
     yield Need("arithmetic an event", flops / 1e6, "MFLOP", "3 x (LSTM + sampled softmax)")
     yield Need("train a day on CPUs", events / rates.train_events_s / 3600, "core hours", "events x epochs / rate")
     yield Need("train a day by arithmetic alone", events * flops / rates.gpu_flops / 60, "GPU minutes", "not measured")
     yield Need("fed to it meanwhile", rates.gpu_flops / flops * 17 / 1e6, "MB/s", "17 bytes an event, at that speed")
     yield Need("table of item ids in training", table / 1e9, "GB", f"items x {width} x 4 bytes x 4: it and Adam's")
+    yield Need("the same by rows", rowwise / 1e9, "GB", "train.id_optimizer=rowwise_adagrad: it and one number a row")
     yield Need("of a GPU's memory", table / rates.gpu_bytes, "times", "above 1 it does not fit: tables are not sharded")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,15 @@ class Images:
 
     item_M: npt.NDArray[np.int64]
     pixels_MHWC: npt.NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, parts: Sequence[Images]) -> Images:
+        """At least one part, together."""
+        item_M = np.concatenate([part.item_M for part in parts])
+        order = np.argsort(item_M, kind="stable")
+        pixels_MHWC = np.concatenate([part.pixels_MHWC for part in parts])
+        in_order = bool((order[1:] > order[:-1]).all())  # as prepare writes them: no second copy of all then
+        return cls(item_M, pixels_MHWC) if in_order else cls(item_M[order], pixels_MHWC[order])
 
 
 @dataclass(frozen=True)
@@ -96,17 +105,26 @@ class Dataset:
 
     def images(self) -> Images:
         """All decoded images, in memory: M * size * size * 3 bytes."""
-        size = int(self.manifest["config"]["images"]["size"])
-        if not self.has("images"):
+        parts = list(self.image_shards())
+        if not parts:
+            size = int(self.manifest["config"]["images"]["size"])
             return Images(np.empty(0, np.int64), np.empty((0, size, size, 3), np.uint8))
-        table = self.table("images").select(IMAGE_SCHEMA.names).sort_by("item_index")
-        pixels = np.empty((len(table), size, size, 3), np.uint8)
-        row = 0
-        for chunk in table["pixels"].chunks:
-            for value in chunk:
-                pixels[row] = np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3)
-                row += 1
-        return Images(table["item_index"].to_numpy().astype(np.int64), pixels)
+        return Images.of(parts)
+
+    def image_shards(self, part: int = 0, parts: int = 1) -> Iterator[Images]:
+        """Decoded images, a shard at a time; of every `parts` shards that at place `part` alone."""
+        if not self.has("images"):
+            return
+        size = int(self.manifest["config"]["images"]["size"])
+        fs, root = filesystem(self.path)
+        infos = fs.get_file_info(pafs.FileSelector(f"{root}/images"))
+        for path in sorted(info.path for info in infos if info.is_file)[part::parts]:
+            table = self.table("images", [path]).select(IMAGE_SCHEMA.names)
+            values = (value for chunk in table["pixels"].chunks for value in chunk)
+            pixels_MHWC = np.empty((len(table), size, size, 3), np.uint8)
+            for row, value in enumerate(values):
+                pixels_MHWC[row] = np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3)
+            yield Images(table["item_index"].to_numpy().astype(np.int64), pixels_MHWC)
 
     def vocab(self, name: str) -> Any:
         """`vocab/<name>.json`. "categories" and "brands": the word of each code, code 0 is the unknown. "encoder":

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rayrec.catalogue import Catalogue, Ragged
 from rayrec.config import SCRATCH, ModelConfig
@@ -305,6 +306,7 @@ class ItemEncoder(nn.Module):
         self.config = config
         self.id = nn.Embedding(n_items + 1, width, padding_idx=0) if config.use_id else None
         self.cnn = picture_encoder(config) if config.use_image else None
+        self.recompute = 0  # pictures at a time, see train.image_recompute
         self.frozen_features = isinstance(self.cnn, PretrainedCNN) and not len(self.cnn.upper)
         if config.use_attributes:
             self.category = nn.EmbeddingBag(max(2, n_categories), width, padding_idx=0, mode="mean")
@@ -320,6 +322,8 @@ class ItemEncoder(nn.Module):
         self.image_ND: Tensor
         self.refreshed = 0
         self.register_buffer("image_ND", torch.zeros(n_items + 1, width), persistent=False)
+        self.news_N: Tensor  # what was encoded since other workers heard of it
+        self.register_buffer("news_N", torch.zeros(n_items + 1, dtype=torch.bool), persistent=False)
 
     def over(self, n_rows: int) -> ItemEncoder:
         """The same weights, for as many items, of which no picture has been encoded."""
@@ -329,9 +333,22 @@ class ItemEncoder(nn.Module):
 
     def images(self, items: ItemTable, item_M: Tensor) -> Tensor:
         """Picture vectors, with gradient, of items that have a picture. [M] int64 -> [M, D]."""
-        assert self.cnn is not None
+        picture_MX = items.picture_MX[items.image_row_N[item_M]]
         # float: mixed precision computes in bf16, the table is float32.
-        return self.cnn(items.picture_MX[items.image_row_N[item_M]]).float() * PICTURE_GAIN
+        return self._encoded(picture_MX).float() * PICTURE_GAIN
+
+    def _encoded(self, picture_MX: Tensor) -> Tensor:
+        """By the CNN; where `recompute` says so, in parts of which only the pictures are kept (Chen et al. 2016)."""
+        assert self.cnn is not None
+        if not self.recompute or not torch.is_grad_enabled():
+            return self.cnn(picture_MX)
+        parts = (checkpoint(self.cnn, part, use_reentrant=False) for part in picture_MX.split(self.recompute))
+        return torch.cat(list(parts))
+
+    def cache(self, item_M: Tensor, vector_MD: Tensor) -> None:
+        """Put picture vectors into the table."""
+        self.image_ND[item_M] = vector_MD.detach()
+        self.news_N[item_M] = True
 
     @torch.no_grad()
     def refresh_images(self, items: ItemTable, some: int = 0, batch: int = 512) -> None:
@@ -346,7 +363,7 @@ class ItemEncoder(nn.Module):
         else:
             self.refreshed = 0
         for part_M in item_M.split(batch):
-            self.image_ND[part_M] = self.images(items, part_M)
+            self.cache(part_M, self.images(items, part_M))
 
     def forward(self, items: ItemTable, row_R: Tensor | None = None, fresh: Fresh | None = None) -> Tensor:
         """Vectors of the items in `row_R` ([R] int64; all N + 1 if None). -> [R, D] float32; padding gives zeros.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,6 +109,7 @@ def listwise(score_BC: Tensor, target_B: Tensor, weight_B: Tensor) -> Tensor:
     return (loss_B * weight_B).sum() / weight_B.sum().clamp(min=1e-6)
 
 
-def nothing(module: nn.Module) -> Tensor:
-    """A loss of zero whose gradient, zero too, reaches every parameter."""
-    return sum((p.sum() * 0 for p in module.parameters()), torch.zeros(()))
+def nothing(module: nn.Module, but: Sequence[nn.Parameter] = ()) -> Tensor:
+    """A loss of zero whose gradient, zero too, reaches every parameter, `but` a few."""
+    left_out = {id(parameter) for parameter in but}
+    return sum((p.sum() * 0 for p in module.parameters() if id(p) not in left_out), torch.zeros(()))

@@ -148,6 +148,10 @@ class PaperModel(nn.Module):
         """None."""
         return []
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
     @torch.no_grad()
     def encode_items(self) -> Tensor:
         """The item's term beside a one, so that an inner product with `encode_users` gives the logit. [N + 1, 2]."""

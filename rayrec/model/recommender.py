@@ -6,7 +6,7 @@ In: batches. Out: losses, user and item vectors, logits. It must not know files 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from rayrec.model.paper import PaperModel
 from rayrec.schema import HEADS
 
 SAMPLED_NEGATIVES = 1024
+ROWS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,14 @@ class Recommender(nn.Module):
         self.behaviour = Behaviour(config.model)
         self.fusion = Fusion(config.model)
         train = config.train
+        self.item_encoder.recompute = train.image_recompute
+        if self.item_encoder.id is not None:
+            self.item_encoder.id.sparse = train.id_optimizer == "rowwise_adagrad"
         self.sampler = NegativeSampler(n_train_N, 0.0 if train.loss == "gbce" else train.negative_alpha)
         full = train.loss == "softmax" and n_items <= train.full_softmax_below
         self.sampled = train.negatives or (0 if full else SAMPLED_NEGATIVES)
+        # Set where workers hold different pictures, see `fit.Peers.exchange`.
+        self.exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         # The fusion trains on frozen vectors; they are set when the first stage is done.
         self.vector_ND: Tensor | None = None
 
@@ -94,7 +100,7 @@ class Recommender(nn.Module):
         None costs nothing. scale_K: of each of the means that make up the loss, see `targets`.
         """
         if batch is None:
-            return nothing(self)
+            return nothing(self, self.sparse_parameters())
         loss_K = self._retrieval_loss(batch)[None] if isinstance(batch, NextItems) else self._fusion_losses(batch)
         return (loss_K if scale_K is None else loss_K * scale_K).sum()
 
@@ -110,7 +116,7 @@ class Recommender(nn.Module):
         real_BL = batch.target_BL > 0
         target_P = batch.target_BL[real_BL]
         if not len(target_P):
-            return nothing(self)
+            return nothing(self, self.sparse_parameters())
         past_BL = batch.history.item_BL
         n_past = past_BL.numel()
         used = torch.cat([past_BL.flatten(), target_P])
@@ -137,15 +143,15 @@ class Recommender(nn.Module):
     def _pictures(self, used_P: Tensor, other_M: Tensor) -> tuple[Fresh | None, Fresh | None]:
         """Pictures encoded with gradient: of what was met and chosen, and of what might have been.
 
-        They are `image_budget` items, half of them among `used_P`, half among `other_M`; the rest comes from the
-        encoder's table. The gradient of the others is scaled to the share in which the used ones were drawn. With the
-        used ones alone the CNN would learn to raise every picture's score: what is chosen pulls up, and nothing pulls
-        down.
+        They are `image_budget` items, half of them among `used_P`, half among `other_M`, or all of both; the rest comes
+        from the encoder's table, and so do all without a budget. The gradient of the others is scaled to the share in
+        which the used ones were drawn. With the used ones alone the CNN would learn to raise every picture's score:
+        what is chosen pulls up, and nothing pulls down.
         """
         encoder, budget = self.item_encoder, self.config.train.image_budget
         if encoder.cnn is None or not budget or not len(self.items.picture_MX):
             return None, None
-        if encoder.frozen_features:  # a projection is cheap: all that the step scores has a gradient
+        if budget == "all" or encoder.frozen_features:  # a projection is cheap
             budget = 2 * len(self.items.image_row_N)
         else:
             encoder.refresh_images(self.items, some=self.config.train.image_refresh)
@@ -153,7 +159,7 @@ class Recommender(nn.Module):
         other_M, other_share = self._some_with_picture(other_M, budget // 2)
         fresh_M, place = torch.cat([used_M, other_M]).unique(return_inverse=True)
         fresh_MD = encoder.images(self.items, fresh_M)
-        encoder.image_ND[fresh_M] = fresh_MD.detach()
+        encoder.cache(fresh_M, fresh_MD)
         used_MD, other_MD = fresh_MD[place].split([len(used_M), len(other_M)])
         return Fresh(used_M, used_MD), Fresh(other_M, other_MD, used_share / max(other_share, 1e-9))
 
@@ -185,6 +191,20 @@ class Recommender(nn.Module):
     def refresh(self) -> None:
         """Bring what is cached between steps (picture vectors) up to date with the weights."""
         self.item_encoder.refresh_images(self.items)
+        self.share_pictures()
+
+    def share_pictures(self) -> None:
+        """Where workers hold different pictures: tell the others of what this one encoded since, and hear of theirs.
+
+        Every worker calls it at the same place.
+        """
+        encoder = self.item_encoder
+        if self.exchange is None or encoder.cnn is None:
+            return
+        item_M = torch.nonzero(encoder.news_N).squeeze(1)
+        item_M, vector_MD = self.exchange(item_M, encoder.image_ND[item_M])
+        encoder.cache(item_M, vector_MD)
+        encoder.news_N.zero_()
 
     @torch.no_grad()
     def encode_items(self) -> Tensor:
@@ -192,7 +212,9 @@ class Recommender(nn.Module):
         was_training = self.training
         self.eval()
         self.refresh()
-        vector_ND = self.item_encoder(self.items)
+        rows_N = torch.arange(len(self.items.brand_N), device=self.items.brand_N.device)
+        # In parts: what a vector is the sum of takes as much memory as the vectors, several times over.
+        vector_ND = torch.cat([self.item_encoder(self.items, part) for part in rows_N.split(ROWS_AT_ONCE)])
         self.train(was_training)
         return vector_ND
 
@@ -248,6 +270,11 @@ class Recommender(nn.Module):
         """Those that start from another task's weights and change slowly."""
         cnn = self.item_encoder.cnn
         return list(cnn.upper.parameters()) if isinstance(cnn, PretrainedCNN) else []
+
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """Tables whose gradients are sparse."""
+        table = self.item_encoder.id
+        return list(table.parameters()) if table is not None and table.sparse else []
 
     def stage_parameters(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage trains: the fusion's own, or all others."""

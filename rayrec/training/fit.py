@@ -44,6 +44,7 @@ from rayrec.training.batches import (
 )
 from rayrec.training.calibrate import calibrate
 from rayrec.training.checkpoints import STATE
+from rayrec.training.held_images import held_images
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, Together, train_epoch
 from rayrec.training.runs import differences
 from rayrec.training.warm_start import warm_start
@@ -118,8 +119,14 @@ class Peers(Together, Protocol):
     rank: int
     device: torch.device
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose backward pass averages gradients over the workers."""
+    def wrap(self, model: nn.Module, apart: Sequence[nn.Parameter] = ()) -> nn.Module:
+        """The module whose backward pass averages gradients over the workers, but for those of `apart`."""
+
+    def average(self, table: nn.Parameter) -> Tensor | None:
+        """The mean over the workers of a table's sparse gradients, which is apart in `wrap`; None if none."""
+
+    def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that the workers give, and what they give of each, of all workers one after the other."""
 
     def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
         """The value that the first worker gives, on every worker."""
@@ -165,11 +172,13 @@ class Fit:
                 "training was started with: every node must see the same files; name a place that all nodes share"
             )
         self.catalogue: Catalogue = self.dataset.catalogue()
-        images = self.dataset.images() if config.model.use_image else None
+        images = held_images(self.dataset, config, self.peers.rank, self.peers.world)
         item_M, pixels_MHWC = (images.item_M, images.pixels_MHWC) if images else (None, None)
         self.model = build(
             config, self.catalogue, item_M, pixels_MHWC, device=self.peers.device, keep=self.job.keep
         ).to(self.peers.device)
+        if config.train.image_held == "share" and isinstance(self.model, Recommender):
+            self.model.exchange = self.peers.exchange
         if self.job.start_from and self.resume is None:
             vocab = {name: self.dataset.vocab(name) for name in ("categories", "brands")}
             warm_start(self.model, self.catalogue, vocab, Bundle.open(self.job.start_from))
@@ -216,13 +225,13 @@ class Fit:
         chosen = {id(parameter) for parameter in parameters}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
-        steps = self._steps(stage)
+        steps, tables = self._steps(stage), self.model.sparse_parameters()
         learner = Learner(
-            self.peers.wrap(self.model), parameters, train, stage.epochs * steps, self.peers.device,
-            slow=self.model.pretrained_parameters(),
+            self.peers.wrap(self.model, tables), parameters, train, stage.epochs * steps, self.peers.device,
+            slow=self.model.pretrained_parameters(), tables=tables, average=self.peers.average,
         )  # fmt: skip
         stopper, first, so_far = EarlyStop(train.patience), 0, None
-        best = {name: value.clone() for name, value in self.model.state_dict().items()}
+        best = self._weights()
         if saved and saved["stage"] == stage.name:
             learner.restore(saved["learner"])
             stopper, best, within = EarlyStop(train.patience, *saved["stopper"]), saved["best"], saved["within"]
@@ -249,9 +258,13 @@ class Fit:
             so_far = None
             metrics = self._validate(stage)
             if stopper.better(score(metrics)) or not stage.by_validation:
-                best = {name: value.clone() for name, value in self.model.state_dict().items()}
+                best = self._weights()
             self._report(stats, metrics, learner, stopper, best)
         self.model.load_state_dict(best)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy in main memory: a GPU has better use for room for another table of ids."""
+        return {name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()}
 
     def _rng(self, stage: Stage, epoch: int) -> np.random.Generator:
         return np.random.default_rng([self.job.config.train.seed, len(stage.name), epoch, self.peers.rank])
@@ -285,6 +298,8 @@ class Fit:
         wished: Sequence[float],
     ) -> None:
         """Write a checkpoint after a step, if any worker wished for one. Raises EndedError if one wished to end."""
+        if stage.name != "fusion" and isinstance(self.model, Recommender):
+            self.model.share_pictures()
         due, end, look = (wish > 0 for wish in wished)
         if look:
             self.looked_at = time.monotonic()
@@ -434,7 +449,7 @@ class Fit:
         self.model.load_state_dict(load_file(self.resume / "model.safetensors"))
         if saved["stage"] == "done":
             return saved
-        saved["best"] = {n: v.to(self.peers.device) for n, v in load_file(self.resume / "best.safetensors").items()}
+        saved["best"] = load_file(self.resume / "best.safetensors")
         saved["learner"] = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
         if saved["within"]:
             own = self.resume / f"worker-{self.peers.rank}.pt"

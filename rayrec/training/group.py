@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayrec.training.rowwise import rows_of
 
 
 class Group:
@@ -15,15 +18,45 @@ class Group:
     def __init__(self, rank: int, world: int, device: torch.device) -> None:
         self.rank, self.world, self.device = rank, world, device
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, apart: Sequence[nn.Parameter] = ()) -> nn.Module:
         """See `fit.Peers`."""
         if self.world == 1:
             return model
+        # DDP would need sparse sums of the back end, which nccl lacks; `average` brings these gradients together.
+        tables = {id(table) for table in apart}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         ids = [self.device] if self.device.type == "cuda" else None
         # A batch without pictures leaves the CNN unused.
         return nn.parallel.DistributedDataParallel(
             model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False
         )
+
+    def average(self, table: nn.Parameter) -> Tensor | None:
+        """See `fit.Peers`. Each worker hears the rows of all: no more is sent than was read."""
+        if self.world == 1:
+            return table.grad
+        nothing = (torch.zeros(0, dtype=torch.int64, device=self.device), table.new_zeros(0, table.shape[1]))
+        row_S, grad_SD = self.exchange(*(nothing if table.grad is None else rows_of(table.grad.coalesce())))
+        return torch.sparse_coo_tensor(row_S[None], grad_SD / self.world, table.shape) if len(row_S) else None
+
+    def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """See `fit.Peers`."""
+        if self.world == 1:
+            return row_R, value_RD
+        n_W = self._gather(torch.tensor([len(row_R)], device=self.device))
+        spare = int(torch.cat(n_W).max()) - len(row_R)  # collectives take equal shapes
+        row_WR = self._gather(F.pad(row_R, (0, spare)))
+        value_WRD = self._gather(F.pad(value_RD, (0, 0, 0, spare)))
+        rows = [(row_R[:n], value_RD[:n]) for row_R, value_RD, n in zip(row_WR, value_WRD, n_W, strict=True)]
+        row_S, value_SD = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        return row_S, value_SD
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of each worker; shapes are equal."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.world)]
+        torch.distributed.all_gather(gathered, tensor.contiguous())
+        return gathered
 
     def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
         """See `fit.Peers`."""

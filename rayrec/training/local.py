@@ -6,7 +6,7 @@ In: a dataset and settings. Out: a folder with the finished model, as `publish` 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
@@ -59,9 +59,17 @@ class Alone(OneWorker):
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, apart: Sequence[nn.Parameter] = ()) -> nn.Module:
         """See `fit.Peers`."""
         return model
+
+    def average(self, table: nn.Parameter) -> Tensor | None:
+        """See `fit.Peers`."""
+        return table.grad
+
+    def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """See `fit.Peers`."""
+        return row_R, value_RD
 
     def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
         """See `fit.Peers`."""

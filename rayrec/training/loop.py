@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rayrec.config import TrainConfig
+from rayrec.training.rowwise import RowwiseAdagrad, dense_part
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class EpochStats:
 class Learner:
     """Weights, optimiser and schedule of one stage, and the state that a checkpoint needs.
 
-    slow: those of `parameters` that learn at `image_lr` times the rate.
+    slow: those of `parameters` that learn at `image_lr` times the rate. tables: those with sparse gradients, which
+    learn by row-wise Adagrad. average: a sparse gradient of this worker's, or None, to the mean over all workers'.
     """
 
     module: nn.Module
@@ -51,20 +53,27 @@ class Learner:
     total_steps: int
     device: torch.device
     slow: Sequence[nn.Parameter] = ()
+    tables: Sequence[nn.Parameter] = ()
+    average: Callable[[nn.Parameter], Tensor | None] = lambda table: table.grad
     step: int = 0
     optimizer: torch.optim.Optimizer = field(init=False)
+    rowwise: RowwiseAdagrad | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        # fused: one pass over the parameters instead of many.
-        slow = {id(parameter) for parameter in self.slow}
+        slow, tables = ({id(parameter) for parameter in some} for some in (self.slow, self.tables))
+        dense = [p for p in self.parameters if id(p) not in tables]
         groups = [
-            {"params": [p for p in self.parameters if (id(p) in slow) == is_slow], "share": share}
+            {"params": [p for p in dense if (id(p) in slow) == is_slow], "share": share}
             for is_slow, share in ((False, 1.0), (True, self.config.image_lr))
         ]
+        # fused: one pass over the parameters instead of many.
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True,
         )  # fmt: skip
+        self.tables = [p for p in self.parameters if id(p) in tables]
+        if self.tables:
+            self.rowwise = RowwiseAdagrad(self.tables, self.config.lr, self.config.weight_decay)
 
     def train_step(self, batch: Any) -> float:
         """One step on one batch; its loss."""
@@ -72,9 +81,11 @@ class Learner:
 
     def step_on(self, weighted: Sequence[tuple[Any, Tensor | None]]) -> float:
         """One step on the sum of what `weighted` batches lose; that sum. See `weigh`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * self._rate() * group["share"]
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizers = [self.optimizer, *([self.rowwise] if self.rowwise else [])]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr * self._rate() * group.get("share", self.config.id_lr)
+            optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for place, (batch, scale_K) in enumerate(weighted, 1):
             # The workers' gradients are averaged once, in the last backward pass.
@@ -84,9 +95,13 @@ class Learner:
                     loss: Tensor = self.module(batch) if scale_K is None else self.module(batch, scale_K)
                 loss.backward()
             total += float(loss.detach())
+        for table in self.tables:
+            grad = self.average(table)
+            table.grad = None if grad is None else grad.coalesce()
         if self.config.clip_norm:
             self._clip(self.config.clip_norm)
-        self.optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         self.step += 1
         return total
 
@@ -98,9 +113,13 @@ class Learner:
 
     def _clip(self, longest: float) -> None:
         """Shorten the gradient where it is longer. `clip_grad_norm_` writes all of it anew at every step."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([dense_part(p.grad) for p in self.parameters if p.grad is not None])
         if norm > longest:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, longest, norm)
+            tables = {id(table) for table in self.tables}
+            torch.nn.utils.clip_grads_with_norm_([p for p in self.parameters if id(p) not in tables], longest, norm)
+            for table in self.tables:
+                if table.grad is not None:
+                    dense_part(table.grad).mul_(longest / (norm + 1e-6))  # as the line above does
 
     def _rate(self) -> float:
         if self.config.schedule == "constant":
@@ -115,12 +134,15 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on as if nothing had happened."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        rowwise = {"rowwise": self.rowwise.state_dict()} if self.rowwise else {}
+        return {"step": self.step, "optimizer": self.optimizer.state_dict(), **rowwise}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.rowwise:
+            self.rowwise.load_state_dict(state["rowwise"])
 
 
 def rate(step: int, total_steps: int, warmup: float) -> float:
