@@ -23,7 +23,6 @@ import pyarrow.compute as pc
 from safetensors.torch import load_file
 
 from rayrec.bench.kept import Made, kept
-from rayrec.bench.paired import interval, p_value
 from rayrec.catalogue import Catalogue
 from rayrec.config import SCRATCH, Config, preset, with_settings
 from rayrec.data.dataset import Dataset
@@ -33,6 +32,7 @@ from rayrec.errors import UsageError
 from rayrec.evaluation.judge import cold_items
 from rayrec.evaluation.metrics import ndcg
 from rayrec.evaluation.oracle import oracle_figures
+from rayrec.evaluation.paired import interval, p_value
 from rayrec.evaluation.replay import ReplaySettings, replay, users_at_once
 from rayrec.model.recommender import build
 from rayrec.model.scorer import Scorer
