@@ -80,7 +80,7 @@ def retrain(places: Places, settings: Sequence[str], rule: Rule, *, wait_s: floa
         step(line(candidate.version, judged))
         outcome = PUBLISHED if judged["passed"] else REFUSED
         return {
-            "verdict": outcome, "candidate": candidate.version, "live": live.version, **judged, "exported": exported
+            "verdict": outcome, "version": candidate.version, "live": live.version, **judged, "exported": exported
         }  # fmt: skip
 
 
