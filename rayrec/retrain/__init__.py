@@ -4,7 +4,8 @@
 
 1. Export (`exports`). What the state holds and earlier exports do not, by event id, into files of their own in one raw
    folder (`--raw`); items that the shop changed or added live go with it as a catalogue, whole rows.
-2. Add: `prepare --add` of that folder.
+2. Add: `prepare --add` of that folder. Before, what visitors did who were erased since leaves exports and dataset, and
+   what they did in sessions that were known to be theirs. Bundles that learned from it stay until others replace them.
 3. Train, from the weights and with the settings of the current bundle (`--set` and options change some); unpublished.
 4. Judge (`comparison`). Both bundles get the same questions: what visitors of the newest day did next. A question is a
    target of the dataset's test split; no bundle that was trained on the dataset, as it is or as it was, has learned

@@ -7,6 +7,7 @@ the next. It must not know who reads the folder.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +18,22 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.data.edits import LISTED, SHOWN
-from rayrec.files import filesystem
+from rayrec.data.intake import Erased, is_erased
+from rayrec.files import filesystem, read_text
 from rayrec.progress import Task, step
+from rayrec.schema import SESSION_PREFIX, visitor_id
 from rayrec.state.export import RAW_SCHEMA, ROWS_A_FILE, rows_of
 from rayrec.state.protocol import ItemEdit, State
 
 Hashes = npt.NDArray[np.uint64]
 EDITS_AT_ONCE = 1000
+JOINS = "_joins.json"
+"""Which session became whose, for the day when they are erased; `prepare` passes it over."""
 ITEMS_SCHEMA = pa.schema(
     [("item_id", pa.string()), *((n, pa.float64() if n == "price" else pa.string()) for n in SHOWN)]
 )
@@ -65,20 +71,70 @@ class Exports:
         """Whether there is anything to add."""
         return bool(self.files()) or self._is_file("items.parquet")
 
+    # ------------------------------------------------------------ who was erased since
+
+    def visitors(self) -> set[str]:
+        """Whose events lie here, and the sessions that were joined to somebody."""
+        found = set(self._joins().values())
+        for path in self.files():
+            found.update(_visitors(self._events_of(path)))
+        return found
+
+    def forget(self, erased: Mapping[str, int]) -> Erased:
+        """Take out what visitors did before they were erased (until when, epoch ms, by visitor).
+
+        Returns `erased` with the sessions that had been joined to them, whose events may have been exported before.
+        """
+        joins = self._joins()
+        all_of = {**erased, **{session: erased[user] for session, user in joins.items() if user in erased}}
+        for path in self.files():
+            events = self._events_of(path)
+            whose = pa.table({"user_id": pa.array(_visitors(events)), "time_ms": events["timestamp"]})
+            gone = is_erased(whose, all_of)
+            if not pc.any(gone).as_py():
+                continue
+            rest = events.filter(pc.invert(gone))
+            if len(rest):
+                self._write(path.removeprefix(f"{self.root}/"), rest)
+            else:
+                self.fs.delete_file(path)
+        return all_of
+
+    def forget_joins(self, erased: Mapping[str, int]) -> None:
+        """Forget which sessions were those of erased visitors, when nobody needs to know it any more."""
+        joins = self._joins()
+        left = {session: user for session, user in joins.items() if user not in erased}
+        if left != joins:
+            self._put(JOINS, json.dumps(left).encode())
+
+    def _events_of(self, path: str) -> pa.Table:
+        """A file of events, its columns under their canonical names."""
+        theirs = {name: canonical for canonical, name in self.columns.items()}
+        with self.fs.open_input_file(path) as stream:
+            table = pq.read_table(stream)
+        return table.rename_columns([theirs.get(name, name) for name in table.column_names])
+
+    def _joins(self) -> dict[str, str]:
+        return dict(json.loads(read_text(self.fs, f"{self.root}/{JOINS}") or "{}"))
+
     # ------------------------------------------------------------ events
 
     def _events(self, state: State) -> tuple[int, int]:
         known = self._known()
+        before = self._joins()
+        joins = dict(before)
         counts = [0, 0]
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        for number, rows in enumerate(_batches(state)):
+        run = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"  # two may be of one second
+        for number, rows in enumerate(_batches(state, joins)):
             ids = hashes([row["event_id"] for row in rows])
             new = [row for row, old in zip(rows, np.isin(ids, known).tolist(), strict=True) if not old]
             if new:
                 fields = [field.with_nullable(True) for field in RAW_SCHEMA]
-                self._write(f"events/{stamp}-{number:05d}.parquet", pa.Table.from_pylist(new, pa.schema(fields)))
+                self._write(f"events/{run}-{number:05d}.parquet", pa.Table.from_pylist(new, pa.schema(fields)))
                 shown = sum(row["action"] == "impression" for row in new)
                 counts = [counts[0] + len(new) - shown, counts[1] + shown]
+        if joins != before:
+            self._put(JOINS, json.dumps(joins).encode())
         return counts[0], counts[1]
 
     def _known(self) -> Hashes:
@@ -158,14 +214,22 @@ def hashes(ids: Sequence[str]) -> Hashes:
     return pd.util.hash_array(np.array(ids, object), categorize=False) if ids else np.empty(0, np.uint64)
 
 
-def _batches(state: State) -> Iterator[list[dict[str, Any]]]:
-    """All rows that a state holds, some visitors' at a time."""
+def _visitors(events: pa.Table) -> list[str]:
+    """Whose each event is."""
+    pairs = zip(events["user_id"].to_pylist(), events["session_id"].to_pylist(), strict=True)
+    return [visitor_id(user, session) for user, session in pairs]
+
+
+def _batches(state: State, joins: dict[str, str]) -> Iterator[list[dict[str, Any]]]:
+    """All rows that a state holds, some visitors' at a time. Sessions that were joined to them are noted in `joins`."""
     rows: list[dict[str, Any]] = []
     with Task("export events", state.counts()["events"]) as task:
         for visitor in state.visitors():
             if not visitor:
                 continue  # lists that were shown to nobody in particular teach nothing
-            found = rows_of(state.user(visitor))
+            record = state.user(visitor)
+            found = rows_of(record)
+            joins.update({SESSION_PREFIX + session: visitor for session in record.sessions})
             task.advance(sum(row["action"] != "impression" for row in found))
             rows += found
             if len(rows) >= ROWS_A_FILE:

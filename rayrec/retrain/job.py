@@ -17,7 +17,7 @@ from rayrec.cluster import connect
 from rayrec.config import Config, with_settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.intake import CATALOGUE, Intake
-from rayrec.data.pipelines import add
+from rayrec.data.pipelines import add, forget
 from rayrec.errors import ResourceError, UsageError, writing
 from rayrec.files import absolute, filesystem, read_text
 from rayrec.progress import step
@@ -25,7 +25,7 @@ from rayrec.retrain.alone import alone
 from rayrec.retrain.comparison import Rule, compare
 from rayrec.retrain.exports import Exports
 from rayrec.serving.live import ACTIVE_MODEL
-from rayrec.state import using
+from rayrec.state import State, using
 from rayrec.training.lineage import LINEAGE, VERDICT, manifest_sha256
 from rayrec.training.runs import Runs, differences
 from rayrec.training.trainer import train
@@ -109,6 +109,7 @@ def _take_in(places: Places) -> dict[str, int]:
     intake = Intake.of(places.dataset)
     exports = Exports(places.raw, intake.facts["mapping"]["columns"])
     with using(places.state) as state:
+        _forget_erased(places, state, intake, exports)
         new = exports.export(state, intake.table(CATALOGUE))
     step(
         f"export: {new.events} events and {new.impressions} impressions that are new, "
@@ -118,6 +119,21 @@ def _take_in(places: Places) -> dict[str, int]:
     if exports:
         add(places.raw, places.dataset)
     return {**vars(new)}
+
+
+def _forget_erased(places: Places, state: State, intake: Intake, exports: Exports) -> None:
+    """Take the events of those who were erased since out of exports and dataset."""
+    if not state.counts()["erased"]:
+        return
+    held = intake.visitors() | exports.visitors()
+    erased = {visitor: ms for visitor in held if (ms := state.erased_ms(visitor)) is not None}
+    if not erased:
+        return
+    connect()
+    if report := forget(places.dataset, exports.forget(erased), places.raw):
+        n = report["events"]["rejected"]["erased"]
+        step(f"erased visitors: {n} events of theirs were in the dataset and are gone by now")
+    exports.forget_joins(erased)
 
 
 def _made(places: Places, dataset: Dataset, current: Bundle, config: Config) -> Bundle | None:
