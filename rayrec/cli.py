@@ -31,8 +31,6 @@ app = typer.Typer(
 
 
 INTERRUPTED = 130
-LINEAGE = ("dataset", "parent", "code")
-"""What `bundles list` shows of a bundle's lineage; of one that has none written, None."""
 
 
 class Split(str, Enum):
@@ -239,6 +237,48 @@ def evaluate(
 
 
 @app.command()
+def retrain(
+    bundles: Annotated[str, typer.Argument(help="Where bundles are kept; the current one is where it starts.")],
+    dataset: Annotated[str, typer.Argument(help="The dataset, which new days are added to.")],
+    state: State = None,
+    raw: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where exports of the state are kept (default: DATASET-exports).")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the current bundle's NDCG@10 that the new one may lack.")
+    ] = 0.02,
+    days: Annotated[float, typer.Option(min=0, help="How many of the newest days both are asked about.")] = 1.0,
+    least: Annotated[int, typer.Option(min=1, help="Visitors to ask about; older days make up for it.")] = 200,
+    workers: Annotated[int | None, typer.Option(min=1, help="Data-parallel workers.")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same result.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds that a cluster may take to add nodes.")] = 0.0,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """What was served becomes the next bundle, which is published if it is no worse than the current one."""
+    from rayrec.bundle import default_state
+    from rayrec.cluster import disconnect, require_absolute
+    from rayrec.retrain.comparison import Rule
+    from rayrec.retrain.job import Places
+    from rayrec.retrain.job import retrain as run
+    from rayrec.state import absolute_url
+
+    require_absolute(bundles, dataset, raw, state and state.removeprefix("sqlite:///"))
+    given = {"workers": workers, "epochs": epochs, "seed": seed, "gpu": gpu or None}
+    options = [f"train.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    state_url = absolute_url(state or default_state(bundles))
+    places = Places(bundles, dataset, state_url, raw or f"{dataset.rstrip('/')}-exports")
+    try:
+        found = run(places, [*options, *(set_ or [])], Rule(margin, days, least), wait_s=wait)
+    finally:
+        disconnect()
+    if as_json:
+        print_json(found)
+
+
+@app.command()
 def serve(
     bundle: Annotated[str, typer.Argument(help="A bundle, or a BUNDLES folder.")],
     host: str = "127.0.0.1",
@@ -331,27 +371,17 @@ def load(
 
 
 @bundles_app.command("list")
-def bundles_list(bundles: Annotated[Path, typer.Argument(help="A BUNDLES folder.")], as_json: Json = False) -> None:
-    """Versions in a BUNDLES folder, and where they come from; the live one is marked."""
-    from rayrec.bundle import CURRENT, versions
+def bundles_list(
+    bundles: Annotated[str, typer.Argument(help="A BUNDLES folder, or a URI.")], as_json: Json = False
+) -> None:
+    """Versions in a BUNDLES folder: where they come from, and how they were judged; the live one is marked."""
+    from rayrec.training.listing import line, listing
 
-    if not bundles.is_dir():
-        raise UsageError(f"{bundles}: no such folder")
-    current = (bundles / CURRENT).read_text().strip() if (bundles / CURRENT).is_file() else None
-    found = [
-        {"version": version, "live": version == current, **_facts(bundles / version)} for version in versions(bundles)
-    ]
+    found = listing(bundles)
     if not found:
         step(f"{bundles}: no bundles; make one with: rayrec train DATASET {bundles}")
     for row in found:
-        if "trouble" in row:
-            typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  damaged: {row['trouble']}")
-            continue
-        ndcg = "" if row["ndcg@10"] is None else f"  NDCG@10 {row['ndcg@10']:.4f}"
-        data = "" if row["dataset"] is None else f"  dataset {row['dataset']['id']}"
-        parent = "" if row["parent"] is None else f"  from {row['parent']['version']}"
-        facts = f"{row['created']}  {row['items']} items{ndcg}{data}{parent}"
-        typer.echo(f"{'*' if row['live'] else ' '} {row['version']}  {facts}")
+        typer.echo(line(row))
     if as_json:
         print_json({"bundles": found})
 
@@ -443,20 +473,6 @@ def _say_prepared(report: dict[str, Any], dataset: str) -> None:
             "are learned from and never recommended; if they should be, add them to items, or see whether ids differ"
         )
     step(f"dataset {dataset}: {report['users']} users, {report['sessions']} sessions, clock {report['clock']}")
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        metrics = json.loads((folder / "metrics.json").read_text())
-        ndcg = metrics.get("test", {}).get("metrics", {}).get("ndcg@10")
-        origin = (
-            json.loads((folder / "lineage.json").read_text()) if "lineage.json" in manifest.get("files", {}) else {}
-        )
-        facts = {"created": manifest["created"], "items": manifest["items"], "ndcg@10": ndcg}
-        return {**facts, **{name: origin.get(name) for name in LINEAGE}}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return {"created": None, "items": None, "ndcg@10": None, **dict.fromkeys(LINEAGE), "trouble": str(error)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

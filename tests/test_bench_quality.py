@@ -12,7 +12,6 @@ import pytest
 import tinyshop
 
 from rayrec.bench import peer_runs, quality
-from rayrec.bench.paired import interval, p_value, ratio_interval
 from rayrec.bench.peer_runs import Peer, environment, export
 from rayrec.bench.quality import run
 from rayrec.bench.quality_table import Row, Run, compare, table
@@ -20,6 +19,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
 from rayrec.evaluation.judge import evaluate, floor_makers
 from rayrec.evaluation.metrics import ndcg
+from rayrec.evaluation.paired import interval, p_value, ratio_interval
 
 # Recommends the items of train.parquet by their counts; "reverse" turns them around. Notes each call.
 SCRIPT = """

@@ -21,6 +21,7 @@ from rayrec.serving.keys import KEYS
 from rayrec.state.redis import PASSWORD
 from rayrec.training.trainer import worker_resources
 
+TRAIN = ["raycluster.yaml", "rayjob-train.yaml", "rayjob-retrain.yaml", "raycronjob-retrain.yaml"]
 MANIFESTS = Path(__file__).resolve().parents[1] / "jobs" / "kuberay"
 
 
@@ -77,10 +78,11 @@ def test_ray_is_the_one_that_this_is_tested_with(manifest: str) -> None:
 def train_cluster(manifest: str) -> dict[str, Any]:
     """The cluster that a manifest trains on."""
     spec = yaml.safe_load((MANIFESTS / manifest).read_text())["spec"]
+    spec = spec.get("jobTemplate", spec)
     return dict(spec.get("rayClusterSpec", spec))
 
 
-@pytest.mark.parametrize("manifest", ["raycluster.yaml", "rayjob-train.yaml"])
+@pytest.mark.parametrize("manifest", TRAIN)
 def test_a_lost_node_is_missed_in_seconds(manifest: str) -> None:
     (head,) = train_cluster(manifest)["headGroupSpec"]["template"]["spec"]["containers"]
     given = {one["name"]: float(one["value"]) for one in head["env"] if one["name"].startswith("RAY_health")}
@@ -90,7 +92,7 @@ def test_a_lost_node_is_missed_in_seconds(manifest: str) -> None:
     assert failures * (period + timeout) < 10_000
 
 
-@pytest.mark.parametrize("manifest", ["raycluster.yaml", "rayjob-train.yaml"])
+@pytest.mark.parametrize("manifest", TRAIN)
 def test_a_training_worker_fits_a_node_of_its_group(manifest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (group,) = [one for one in train_cluster(manifest)["workerGroupSpecs"] if one["groupName"] == "train"]
     (container,) = group["template"]["spec"]["containers"]
@@ -102,15 +104,41 @@ def test_a_training_worker_fits_a_node_of_its_group(manifest: str, monkeypatch: 
     assert asked["CPU"] + 1 <= float(limits["cpu"]), "and a CPU that feeds it"
 
 
-def test_the_training_job_is_a_command_that_there_is() -> None:
-    spec = yaml.safe_load((MANIFESTS / "rayjob-train.yaml").read_text())["spec"]
+def job_of(manifest: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """A job's specification, the command of rayrec that it runs, and what this is given."""
+    spec = yaml.safe_load((MANIFESTS / manifest).read_text())["spec"]
     python, flag, module, name, *words = shlex.split(spec["entrypoint"])
     assert (python, flag, module) == ("python", "-m", "rayrec")
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    given = command.make_context(name, words).params
+    return spec, name, command.make_context(name, words).params
+
+
+@pytest.mark.parametrize("manifest", ["rayjob-train.yaml", "rayjob-retrain.yaml"])
+def test_a_training_job_is_a_command_that_there_is(manifest: str) -> None:
+    spec, name, given = job_of(manifest)
+    assert f"rayjob-{name}.yaml" == manifest
     assert given["gpu"]
-    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    (group,) = [one for one in spec["rayClusterSpec"]["workerGroupSpecs"] if one["groupName"] == "train"]
     assert given["workers"] <= group["maxReplicas"]
+
+
+def test_a_retraining_reads_the_state_of_the_service_and_its_bundles(serve: ServeDeploySchema) -> None:
+    spec, _, given = job_of("rayjob-retrain.yaml")
+    service = Application.model_validate(serve.applications[0].args)
+    assert (given["state"], given["bundles"]) == (service.state, service.bundle)
+    (head,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    (password,) = [one for one in head["env"] if one["name"] == PASSWORD]
+    assert password["valueFrom"]["secretKeyRef"] == {"name": "rayrec", "key": "redis-password"}
+    assert spec["rayClusterSpec"]["workerGroupSpecs"][0]["minReplicas"], "somebody to add the day, beside the head"
+
+
+def test_each_night_is_the_same_job_and_ends_before_the_next() -> None:
+    nightly = yaml.safe_load((MANIFESTS / "raycronjob-retrain.yaml").read_text())
+    assert (nightly["apiVersion"], nightly["kind"]) == ("ray.io/v1", "RayCronJob")
+    assert nightly["spec"]["jobTemplate"] == job_of("rayjob-retrain.yaml")[0]
+    minute, hour, *rest = nightly["spec"]["schedule"].split()
+    assert (minute.isdigit(), hour.isdigit(), rest) == (True, True, ["*", "*", "*"]), "once a day"
+    assert nightly["spec"]["jobTemplate"]["activeDeadlineSeconds"] < 86_400
 
 
 def test_redis_is_one_that_rayrec_takes(parts: dict[str, dict[str, Any]], serve: ServeDeploySchema) -> None:

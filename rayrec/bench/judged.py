@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from safetensors.torch import load_file
 
 from rayrec.bench.kept import Made
-from rayrec.bench.paired import interval, p_value
+from rayrec.evaluation.paired import interval, p_value
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rayrec.bench.paired import Gains, interval, p_value, ratio_interval
 from rayrec.bench.peer_runs import SPLITS, Settings
 from rayrec.evaluation.metrics import ndcg
+from rayrec.evaluation.paired import Gains, interval, p_value, ratio_interval
 from rayrec.evaluation.replay import Split
 
 HEAD = (

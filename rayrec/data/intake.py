@@ -8,13 +8,16 @@ is found anew each time; what a row shows by itself, and a picture, is not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -27,17 +30,26 @@ from rayrec.errors import DataError
 from rayrec.files import filesystem
 from rayrec.history import Ints
 from rayrec.progress import step
+from rayrec.schema import REJECT_SCHEMA, visitor_id
 
 INTAKE_VERSION = 1
 EVENTS = "intake/events"
 CATALOGUE = "intake/catalogue.parquet"
 PICTURES = "intake/images.parquet"
 AT_ONCE = 8
+ERASED = "erased"
+"""Why rows of a report are gone that are no longer held anywhere."""
+
+Erased: TypeAlias = Mapping[str, int]
+"""Until when (epoch ms, inclusive) nothing of a visitor may be known, by `schema.visitor_id`."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A raw file that was taken in: under which name, whence, its content, and its rows, broken ones included."""
+    """A raw file that was taken in: under which name, whence, its content, and its rows, broken ones included.
+
+    erased: of its rows, those that are kept no longer, for their visitor was erased.
+    """
 
     name: str
     path: str
@@ -45,6 +57,7 @@ class Taken:
     mtime_ns: int | None
     sha256: str
     rows: int = 0
+    erased: int = 0
 
     @classmethod
     def of(cls, fs: pafs.FileSystem, file: RawFile, rows: int = 0) -> Taken:
@@ -94,6 +107,31 @@ class Intake:
         """Partitions that its events lie in."""
         return int(self.facts["partitions"])
 
+    def visitors(self) -> set[str]:
+        """Everybody whose events are held, in memory."""
+        found: set[str] = set()
+        for partition in range(self.n_partitions):
+            found.update(pc.unique(self._partition(partition, ["user_id"])["user_id"]).to_pylist())
+        return found
+
+    def row_rejects(self) -> pa.Table:
+        """What was rejected for what a row shows by itself; REJECT_SCHEMA."""
+        return pa.concat_tables([REJECT_SCHEMA.empty_table(), *self.tables("rejects/events/rows-")])
+
+    def erased_rows(self, erased: Erased) -> Counter[str]:
+        """How many rows are to be kept no longer, rejected ones included, by the name of their file."""
+        rejects, names = self.row_rejects(), [file.name for file in self.files]
+        rows = Counter[str](rejects["file"].filter(tells_of(rejects, erased)).to_pylist())
+        for partition in range(self.n_partitions):
+            events = self._partition(partition, ["user_id", "time_ms", "origin"])
+            gone = events.filter(is_erased(events, erased))
+            rows.update(names[place] for place in (gone["origin"].to_numpy() >> ROW_BITS).tolist())
+        return rows
+
+    def _partition(self, partition: int, columns: list[str]) -> pa.Table:
+        with self.folder.fs.open_input_file(self.folder.path(f"{EVENTS}/part-{partition:05d}.parquet")) as stream:
+            return pq.read_table(stream, columns=columns)
+
     def table(self, name: str) -> pa.Table:
         """One Parquet file of the dataset."""
         with self.folder.fs.open_input_file(self.folder.path(name)) as stream:
@@ -106,17 +144,24 @@ class Intake:
 
 @dataclass(frozen=True)
 class OldEvents:
-    """The events of an intake as tasks read them. `number_F`: the number of the piece that each file counts as."""
+    """The events of an intake as tasks read them, without those of the erased.
+
+    number_F: the number of the piece that each file counts as.
+    """
 
     folder: Folder
     n_partitions: int
     number_F: Ints
     has_event_ids: bool
+    erased: Erased = field(default_factory=dict)
 
     def read(self, partition: int) -> pa.Table:
         """The rows of one partition, their `origin` in the numbers of this run."""
         with self.folder.fs.open_input_file(self.folder.path(f"{EVENTS}/part-{partition:05d}.parquet")) as stream:
-            events = pq.read_table(stream).combine_chunks()
+            events = pq.read_table(stream)
+        if self.erased:
+            events = events.filter(pc.invert(is_erased(events, self.erased)))
+        events = events.combine_chunks()
         return with_origins(events, self.number_F, np.zeros(len(self.number_F), np.int64))
 
 
@@ -126,6 +171,30 @@ def with_origins(events: pa.Table, number_P: Ints, first_row_P: Ints) -> pa.Tabl
     piece_R = origin_R >> ROW_BITS
     origin = pa.array((number_P[piece_R] << ROW_BITS) | ((origin_R & ROW_MASK) + first_row_P[piece_R]))
     return events.set_column(events.column_names.index("origin"), "origin", origin)
+
+
+def is_erased(events: pa.Table, erased: Erased) -> pa.Array:
+    """Whether each event is one of a visitor who was erased then or later. [E] bool."""
+    names = pa.array(list(erased), pa.string())
+    place = pc.index_in(events["user_id"].combine_chunks(), names)
+    until = pa.array(list(erased.values()), pa.int64()).take(place)
+    return pc.fill_null(pc.less_equal(events["time_ms"].combine_chunks(), until), False)
+
+
+def tells_of(rejects: pa.Table, erased: Erased) -> pa.Array:
+    """Whether each rejected row is one of a visitor who was erased, whenever it says that it happened. [R] bool."""
+    if not erased:
+        return pa.array(np.zeros(len(rejects), bool))
+    return pa.array([_visitor_of(raw) in erased for raw in rejects["raw"].to_pylist()], pa.bool_())
+
+
+def _visitor_of(raw: str | None) -> str | None:
+    """Whose a rejected row is, as far as it can be read."""
+    try:
+        row = json.loads(raw or "")
+        return visitor_id(row.get("user_id"), row.get("session_id"))
+    except (ValueError, AttributeError):
+        return None
 
 
 # ---------------------------------------------------------------- which files are new

@@ -27,14 +27,14 @@ from rayrec.data.catalogue_files import RawCatalogue
 from rayrec.data.clock import Clock
 from rayrec.data.dataset import Dataset
 from rayrec.data.image_shards import ImageDecoder, image_refs
-from rayrec.data.intake import CATALOGUE, INTAKE_VERSION, PICTURES, Intake, as_facts
+from rayrec.data.intake import CATALOGUE, ERASED, INTAKE_VERSION, PICTURES, Erased, Intake, as_facts, tells_of
 from rayrec.data.items import BuiltItems, build_items
 from rayrec.data.ledger import merged
 from rayrec.data.mapping import Mapping
 from rayrec.data.raw import find_raw
 from rayrec.data.sequences import Cuts, k_core, time_cuts
 from rayrec.data.shuffle import read_table, write_table
-from rayrec.data.source import Source, added, fresh, known_images, plan_of, source_catalogue
+from rayrec.data.source import Source, added, fresh, known_images, less, plan_of, source_catalogue
 from rayrec.data.stages import (
     KEEP,
     CleanResult,
@@ -83,6 +83,16 @@ def add(raw: str, dataset: str, settings: Iterable[str] = (), mapping: Mapping |
         step(f"{dataset}: knows all that {raw} holds, and stays as it is")
         return dict(json.loads(read_text(old.folder.fs, old.folder.path("report.json")) or "{}"))
     return _run(source, dataset, started)
+
+
+def forget(dataset: str, erased: Erased, raw: str) -> dict[str, Any] | None:
+    """Take what erased visitors did out of a finished dataset; the report of the rest, None if there was nothing.
+
+    raw: a raw folder out of whose files it has been taken already. The bundles that have learned from it stay.
+    """
+    started = time.monotonic()
+    source = less(Intake.of(dataset), erased, raw)
+    return None if source is None else _run(source, dataset, started)
 
 
 def _run(source: Source, dataset: str, started: float) -> dict[str, Any]:
@@ -160,12 +170,16 @@ class Run:
         """What earlier runs have read, as if it had been read now."""
         assert self.plan.old is not None
         pieces = dict(zip((file.name for file in old.files), self.plan.old.number_F.tolist(), strict=True))
-        rejects = pa.concat_tables([REJECT_SCHEMA.empty_table(), *old.tables("rejects/events/rows-")])
+        rejects = old.row_rejects()
+        rejects = rejects.filter(pc.invert(tells_of(rejects, self.source.erased)))
         whole = carry_rejects(self.plan, rejects, pieces, set(old.facts["found"]))
         for file in old.files:
             number = pieces[file.name]
             whole.rows[number] = file.rows
-            whole.ledger.of(int(self.plan.file_of_piece[number])).read += file.rows
+            account = whole.ledger.of(int(self.plan.file_of_piece[number]))
+            account.read += file.rows
+            if file.erased:
+                account.rejected[ERASED] += file.erased
         whole.ledger.repair(old.facts["repairs"])
         whole.ignored.update(old.facts["ignored"])
         whole.found.update(old.facts["found"])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 
 from rayrec.cluster import cpus
 from rayrec.config import PrepareConfig, with_settings
@@ -21,7 +22,18 @@ from rayrec.data.catalogue_files import RawCatalogue, overlaid, read_catalogue
 from rayrec.data.clock import Clock, detect_clock
 from rayrec.data.events import Rules
 from rayrec.data.image_shards import FOLDER, OldImages, old_images, untouched
-from rayrec.data.intake import CATALOGUE, PICTURES, Intake, OldEvents, Taken, as_facts, records, unknown
+from rayrec.data.intake import (
+    CATALOGUE,
+    PICTURES,
+    Erased,
+    Intake,
+    OldEvents,
+    Taken,
+    as_facts,
+    records,
+    sha256,
+    unknown,
+)  # fmt: skip
 from rayrec.data.items import CATALOGUE_SCHEMA
 from rayrec.data.mapping import Mapping
 from rayrec.data.raw import Raw, plan, raw_settings, sample_pieces, text_bytes
@@ -29,6 +41,7 @@ from rayrec.data.readers import read_piece
 from rayrec.data.stages import Plan, event_columns
 from rayrec.data.staging import Folder
 from rayrec.errors import DataError, UsageError
+from rayrec.files import filesystem
 from rayrec.schema import REJECT_SCHEMA
 
 PARTITION_BYTES = 48 * 1024 * 1024
@@ -58,6 +71,7 @@ class Source:
     text_bytes: int
     raw_settings: dict[str, Any]
     old: Intake | None = None
+    erased: Erased = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -107,6 +121,39 @@ def added(old: Intake, raw: Raw, settings: Iterable[str], mapping: Mapping | Non
     return Source(new, before, rules, clock, found, taken, new_items, size, old.facts["raw_settings"], old)
 
 
+def less(old: Intake, erased: Erased, raw: str) -> Source | None:
+    """What `old` has taken in without the events of erased visitors; None if it holds none of them.
+
+    raw: a raw folder out of whose files they have been taken: as these are now, they count as taken in.
+    """
+    gone = old.erased_rows(erased)
+    if not gone:
+        return None
+    fs, root = filesystem(raw)
+    here = {file.path: file for file in _listed(fs, root)}
+    files = [replace(file, erased=file.erased + gone[file.name]) for file in old.files]
+    files = [_again(fs, here[file.path], file) if file.path in here else file for file in files]
+    facts = {**old.facts, "files": as_facts(files)}
+    before = PrepareConfig.model_validate(old.dataset.manifest["config"])
+    clock: Clock = old.dataset.manifest["clock"]
+    rules = Rules.of(before.clean, clock, Mapping.model_validate(facts["mapping"]))
+    nothing = Raw(fs, root, "", (), (), {})
+    found: Clock = facts["clock_found"]
+    size, settings = facts["text_bytes"], facts["raw_settings"]
+    return Source(
+        nothing, before, rules, clock, found, [], False, size, settings, replace(old, facts=facts), erased
+    )  # fmt: skip
+
+
+def _listed(fs: pafs.FileSystem, root: str) -> list[pafs.FileInfo]:
+    entries = fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+    return [entry for entry in entries if entry.type == pafs.FileType.File]
+
+
+def _again(fs: pafs.FileSystem, file: pafs.FileInfo, taken: Taken) -> Taken:
+    return replace(taken, size_bytes=file.size, mtime_ns=file.mtime_ns, sha256=sha256(fs, file.path))
+
+
 _IN_FULL = ": run prepare without --add on all raw files"
 
 
@@ -132,7 +179,8 @@ def plan_of(source: Source, out: Folder) -> Plan:
     events = None
     if old:
         number_F = np.array([first_of_file[n] for n in old_ranks], np.int64)
-        events = OldEvents(old.folder, old.n_partitions, number_F, "event_id" in old.facts["found"])
+        has_event_ids = "event_id" in old.facts["found"]
+        events = OldEvents(old.folder, old.n_partitions, number_F, has_event_ids, source.erased)
     numbers = tuple(_numbers(tasks, first_of_file))
     return Plan(source.raw.fs, out, tuple(tasks), numbers, file_P, partitions, source.rules, source.config, events)
 

@@ -55,7 +55,7 @@ class ReplaySettings:
 
     max_len: newest events of history that a ranker reads. batch: users a call. hash_limit: ask only users whose
     `user_hash` is at most this (a sample that does not depend on shards). cold: the items without a training event,
-    ascending.
+    ascending. since_ms: ask only for events from then on, as the dataset's clock counts; None asks for all.
     """
 
     split: Split
@@ -67,6 +67,7 @@ class ReplaySettings:
     seed: int = 0
     hash_limit: int = 2**64
     cold: tuple[int, ...] = ()
+    since_ms: int | None = None
 
 
 def users_at_once(n_items: int) -> int:
@@ -133,6 +134,8 @@ def target_places(sequences: pa.Table, visitors: Visitors, settings: ReplaySetti
     if settings.hash_limit < 2**64:
         asked_U = np.array([user_hash(user, settings.seed) <= settings.hash_limit for user in visitors.user_U], bool)
         place_of = {protocol: np.where(asked_U, place_U, -1) for protocol, place_U in place_of.items()}
+    if settings.since_ms is not None:
+        place_of = {protocol: _since(visitors, place_U, settings.since_ms) for protocol, place_U in place_of.items()}
     for place_U in place_of.values():
         row = np.flatnonzero(place_U >= 0)
         target = visitors.at(row, place_U[row])
@@ -146,6 +149,15 @@ def target_places(sequences: pa.Table, visitors: Visitors, settings: ReplaySetti
     cold_U[cold] = new_U[cold]
     place_of |= {"metrics": new_U, "cold": cold_U, "pointwise": next_U}
     return {protocol: place_of[protocol] for protocol in settings.protocols}
+
+
+def _since(visitors: Visitors, place_U: Ints, since_ms: int) -> Ints:
+    """The places [U], without those of events before `since_ms`."""
+    row = np.flatnonzero(place_U >= 0)
+    early = visitors.time_ms_A[visitors.offsets[row] + place_U[row]] < since_ms
+    later_U = place_U.copy()
+    later_U[row[early]] = -1
+    return later_U
 
 
 def user_hash(user_id: str, seed: int) -> int:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rayrec.errors import UsageError
 from rayrec.progress import Task
 from rayrec.schema import EVENT_SCHEMA, SESSION_PREFIX
-from rayrec.state.protocol import Event, Shown, State
+from rayrec.state.protocol import Event, Shown, State, UserRecord
 
 ROWS_A_FILE = 200_000
 RAW_SCHEMA = pa.schema([pa.field("timestamp", pa.int64()) if f.name == "time_ms" else f for f in EVENT_SCHEMA])
@@ -54,16 +54,21 @@ def export_events(state: State, folder: Path) -> Exported:
                 continue
             counts["visitors"] += 1
             counts["events"] += len(record.events)
-            rows += [_event_row(event) for event in record.events]
-            impressions = [row for shown in record.shown for row in _impression_rows(shown)]
-            counts["impressions"] += len(impressions)
-            rows += impressions
+            found = rows_of(record)
+            counts["impressions"] += len(found) - len(record.events)
+            rows += found
             task.advance(len(record.events))
             if len(rows) >= ROWS_A_FILE:
                 counts["files"] += _write(rows, place, counts["files"])
                 rows = []
     counts["files"] += _write(rows, place, counts["files"])
     return Exported(**counts)
+
+
+def rows_of(record: UserRecord) -> list[dict[str, Any]]:
+    """A visitor's events and lists as rows of RAW_SCHEMA."""
+    impressions = [row for shown in record.shown for row in _impression_rows(shown)]
+    return [*(_event_row(event) for event in record.events), *impressions]
 
 
 def _event_row(event: Event) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 In: a dataset, the bundle that a training started from. Out: `lineage.json` of the new bundle, which its manifest
 hashes as any other file. It must not know how the bundle is trained. Settings are in config.json, figures in
-metrics.json, and who refused or let pass a bundle adds to it (`add_file`).
+metrics.json, and who refused or let pass a bundle adds why, under VERDICT (`add_file`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.files import filesystem
 
 LINEAGE = "lineage.json"
+VERDICT = "verdict"
 GIT_TIMEOUT_S = 5
 
 
