@@ -20,12 +20,12 @@ import pyarrow.compute as pc
 from safetensors.torch import load_file
 
 from rayrec.bench.kept import Made
-from rayrec.evaluation.paired import interval, p_value
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
 from rayrec.evaluation.judge import cold_items
 from rayrec.evaluation.metrics import ndcg
+from rayrec.evaluation.paired import interval, p_value
 from rayrec.evaluation.replay import ReplaySettings, replay, users_at_once
 from rayrec.model.recommender import build
 from rayrec.model.scorer import Scorer
