@@ -216,6 +216,14 @@ def test_many_small_files_share_a_task(tmp_path: Path) -> None:
     assert raw.events[7].name == "events/007.csv"
 
 
+def test_thousands_of_tiny_files_are_shared_out_by_their_number(tmp_path: Path) -> None:
+    (tmp_path / "1.csv").write_text("a,b,c\n1,2,3\n")
+    (one,) = find_raw(str(tmp_path)).events
+    tasks = plan(pafs.LocalFileSystem(), [one] * 5000)
+    assert 8 <= len(tasks) <= 80
+    assert max(map(len, tasks)) <= 5000 // 8
+
+
 # ---------------------------------------------------------------- finding
 
 

@@ -36,6 +36,8 @@ SETTINGS_FILE = "prepare.yaml"
 
 SAMPLE_BYTES = 256 * 1024
 SMALLEST_PIECE_BYTES = 4 * 1024 * 1024
+OPENING_BYTES = 64 * 1024
+"""To open a file costs about as much as to read so much of one: thousands of tiny ones are shared out by number."""
 UNPACKED = {"parquet": 5, "gzip": 7}
 """How much larger the text of a compressed file is, about."""
 
@@ -114,7 +116,7 @@ def plan(fs: pafs.FileSystem, files: Iterable[RawFile], tasks_at_least: int = 8)
             tasks.append([])
             room = piece_bytes
         tasks[-1].append(piece)
-        room -= size
+        room -= max(size, OPENING_BYTES)
     return tasks
 
 

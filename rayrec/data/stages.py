@@ -77,6 +77,7 @@ def ingest(plan: Plan, task: int) -> Result:
     result = Result()
     rejects = Rejects(plan, result.ledger)
     waiting: list[pa.Table] = []
+    waiting_bytes = 0
     for number, piece in zip(plan.numbers[task], plan.tasks[task], strict=True):
         for block in _blocks(plan, piece):
             events, verdict, repairs = canonical_events(block.rows, plan.rules)
@@ -88,8 +89,10 @@ def ingest(plan: Plan, task: int) -> Result:
             rejects.of_block(block, number, verdict.code_R, verdict.reasons)
             kept = pa.array(verdict.kept)
             waiting.append(with_origin(events, number, block.row_R).filter(kept))
-            if sum(table.nbytes for table in waiting) > BLOCK_BYTES:
+            waiting_bytes += waiting[-1].nbytes
+            if waiting_bytes > BLOCK_BYTES:
                 _deal(plan, f"{task:05d}", waiting, result)
+                waiting_bytes = 0
     _deal(plan, f"{task:05d}", waiting, result)
     rejects.write(f"ingest-{task:05d}")
     return result
