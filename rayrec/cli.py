@@ -147,6 +147,9 @@ def train(
     bundles: Annotated[str, typer.Argument(help="Where bundles are kept.")],
     preset_: Annotated[str, typer.Option("--preset", help="small, base or paper.")] = "small",
     workers: Annotated[int | None, typer.Option(min=1, help="Data-parallel workers.")] = None,
+    min_workers: Annotated[
+        int | None, typer.Option(min=1, help="Go on with as few while nodes are gone; take more when they are back.")
+    ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same result.")] = None,
@@ -163,7 +166,7 @@ def train(
     from rayrec.training.trainer import train as run
 
     require_absolute(dataset, bundles, from_)
-    given = {"workers": workers, "epochs": epochs, "seed": seed, "gpu": gpu or None}
+    given = {"workers": workers, "min_workers": min_workers, "epochs": epochs, "seed": seed, "gpu": gpu or None}
     options = [f"train.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     config = with_settings(_preset(preset_, config_), [*options, *(set_ or [])])
     try:

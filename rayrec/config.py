@@ -242,17 +242,31 @@ class TrainConfig(Settings):
     refit_epochs: int = Field(1, ge=0, description="of the first stage at last, with what was withheld; 0 is off")
     refit_lr: float = Field(1e-3, gt=0, description="`lr` of these epochs")
     max_samples: int = Field(0, ge=0, description="training samples an epoch; 0 is all")
-    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step, averaged over their targets")
+    accumulate: int = Field(1, ge=1, description="batches of each worker whose gradients make one step")
     checkpoint_s: float = Field(
         300, ge=0, description="seconds between checkpoints within an epoch; 0: at the end of epochs alone"
     )
     checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: by time alone")
     bad_shards: Literal["stop", "skip"] = Field("stop", description="what a shard that cannot be read does")
     workers: int = Field(1, ge=1)
+    min_workers: int = Field(
+        0, ge=0, description="go on with as few while nodes are gone, batch and rate unchanged; 0: with all or not"
+    )
     gpu: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     tracker: tuple[Literal["tensorboard", "mlflow"], ...] = ("tensorboard",)
+
+    @model_validator(mode="after")
+    def _no_more_than_all(self) -> TrainConfig:
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must not be above workers ({self.workers})")
+        return self
+
+    @property
+    def batches_a_step(self) -> int:
+        """Batches whose gradients make one step, of all workers together, however many of these there are just now."""
+        return self.workers * self.accumulate
 
 
 class Config(Settings):

@@ -25,6 +25,7 @@ from rayrec.model.scorer import Scorer
 from rayrec.schema import HEADS, SEQUENCE_SCHEMA
 from rayrec.training.batches import history_of
 from rayrec.training.calibrate import _platt, calibrate
+from rayrec.training.checkpoints import seal
 from rayrec.training.fit import EndedError, Fit, Job, Stage
 from rayrec.training.local import Alone, LocalFeed, train_alone
 from rayrec.training.survey import survey
@@ -203,6 +204,31 @@ def test_a_training_resumed_within_an_epoch_ends_with_the_same_weights(
     assert [[line[name] for name in names] for line in again.history] == [
         [line[name] for name in names] for line in whole
     ]
+
+
+@pytest.mark.parametrize(("stage", "epoch", "step"), [("retrieval", 1, 2), ("fusion", 0, 1)])
+def test_one_worker_goes_on_where_two_were_in_the_middle_of_an_epoch(
+    dataset: Dataset, tmp_path: Path, stage: str, epoch: int, step: int
+) -> None:
+    """With as many steps in all, of as many batches; a loss that is the mean of both so far, and all their rows."""
+    config = tinyshop.tiny(*MIDWAY, "train.workers=2", "train.checkpoint_steps=1")
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    interrupted(dataset, config, first, stage, epoch, step)
+    own = torch.load(first / "worker-0.pt", weights_only=True)
+    assert own["progress"]["steps"] == step
+    other = {**own["progress"], "total_loss": own["progress"]["total_loss"] + 2.0, "samples": 1000}
+    torch.save({**own, "progress": other}, first / "worker-1.pt")
+    state = json.loads((first / "state.json").read_text())
+    (first / "state.json").write_text(json.dumps({**state, "workers": 2}))
+    seal(first)
+    taken = train_alone(dataset, config, second, resume=first)
+    in_peace = train_alone(dataset, config, second)
+    assert [line["steps"] for line in taken.history] == [line["steps"] for line in in_peace.history]
+    place = [(line["stage"], line["epoch"]) for line in taken.history].index((stage, epoch))
+    line, whole = taken.history[place], in_peace.history[place]
+    assert line["samples"] == 1000 + whole["samples"]
+    assert line["loss"] == pytest.approx(whole["loss"] + 1.0 / whole["steps"], abs=0.2)
 
 
 def test_the_papers_model_goes_on_within_an_epoch(tmp_path: Path) -> None:

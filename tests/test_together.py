@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.recommender import Lists, NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE
 from rayrec.training.batches import history_of
-from rayrec.training.loop import Learner, train_epoch, weigh
+from rayrec.training.loop import Learner, dealt, train_epoch, weigh
 from rayrec.training.windows import examples, next_item_windows
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ class Others:
     """The sums over workers, of which this is one, as they would be: `sums` are those of the others."""
 
     def __init__(self, world: int, sums: Sequence[float]) -> None:
-        self.world, self.sums = world, sums
+        self.world, self.rank, self.sums = world, 0, sums
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return [a + b for a, b in zip(values, self.sums, strict=True)]
@@ -117,24 +118,76 @@ def test_accumulated_batches_have_the_gradient_of_one_batch(model: Recommender) 
         torch.testing.assert_close(summed[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_accumulation_takes_fewer_steps_and_keeps_the_rest() -> None:
-    class Line(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(1, 1)
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        nn.init.ones_(self.layer.weight)
+        nn.init.ones_(self.layer.bias)
 
-        def forward(self, batch: Tensor, scale_K: Tensor | None = None) -> Tensor:
-            loss = (self.layer(batch) ** 2).mean()
-            return loss if scale_K is None else loss * scale_K.sum()
+    def forward(self, batch: Tensor | None, scale_K: Tensor | None = None) -> Tensor:
+        if batch is None:
+            return 0.0 * self.layer.weight.sum()
+        loss: Tensor = (self.layer(batch) ** 2).mean()
+        return loss if scale_K is None else loss * scale_K.sum()
 
-        def targets(self, batch: Tensor | None) -> Tensor:
-            return torch.tensor([0.0 if batch is None else float(len(batch))])
+    def targets(self, batch: Tensor | None) -> Tensor:
+        return torch.tensor([0.0 if batch is None else float(len(batch))])
 
+
+def lines() -> list[Tensor]:
+    """22 batches of one to five rows."""
+    draw = torch.Generator().manual_seed(1)
+    return [torch.rand(1 + n % 5, 1, generator=draw) for n in range(22)]
+
+
+@pytest.mark.parametrize("setting", ["accumulate", "workers"])
+def test_accumulation_takes_fewer_steps_and_keeps_the_rest(setting: str) -> None:
+    """And one of three workers who is left alone learns from as many batches a step as the three."""
     line = Line()
-    config = tinyshop.tiny("train.accumulate=3").train
+    config = tinyshop.tiny(f"train.{setting}=3").train
     learner = Learner(line, list(line.parameters()), config, 3, CPU)
     stats = train_epoch(learner, "retrieval", 0, [torch.rand(n, 1) for n in (4, 4, 4, 4, 4, 4, 2)])
     assert (stats.steps, stats.samples, learner.step) == (3, 26, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_whoever_is_there_each_step_has_all_batches_of_a_step_and_an_epoch_as_many_steps(world: int) -> None:
+    batches, steps = 5 * 3, 23
+    shares = [[dealt(n * batches, world, rank) for n in range(steps + 1)] for rank in range(world)]
+    taken = [[b - a for a, b in itertools.pairwise(of_rank)] for of_rank in shares]
+    assert [sum(step) for step in zip(*taken, strict=True)] == [batches] * steps
+    assert all(max(step) - min(step) <= 1 for step in zip(*taken, strict=True))
+    assert max(last := [of_rank[-1] for of_rank in shares]) - min(last) <= 1, "they run out of batches together"
+
+
+ELASTIC = """
+import json, sys
+import tinyshop, torch
+from rayrec.training.group import Group
+from rayrec.training.loop import Learner, train_epoch
+from test_together import Line, lines
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+group, line = Group(rank, 3, torch.device("cpu")), Line()
+learner = Learner(group.wrap(line), list(line.parameters()), tinyshop.tiny("train.workers=4").train, 6, group.device)
+stats = train_epoch(learner, "retrieval", 0, lines()[rank::3], together=group)
+print(json.dumps([stats.steps, stats.loss, *(p.item() for p in line.parameters())]))
+"""
+
+
+@pytest.mark.timeout(200)
+def test_three_of_four_workers_learn_what_one_of_them_does() -> None:
+    """The same batches a step, the same rate, so the same weights; only who computes what differs."""
+    line = Line()
+    learner = Learner(line, list(line.parameters()), tinyshop.tiny("train.workers=4").train, 6, CPU)
+    stats = train_epoch(learner, "retrieval", 0, lines())
+    alone = [stats.steps, stats.loss, *(p.item() for p in line.parameters())]
+    assert alone[0] == 6
+    for one in said_by(ELASTIC, 3):
+        assert one == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_worker_without_a_batch_takes_part_with_nothing(model: Recommender) -> None:
@@ -142,6 +195,25 @@ def test_a_worker_without_a_batch_takes_part_with_nothing(model: Recommender) ->
     assert gradients(model, [], Others(2, [7.0, 1.0])) == {}
     learner = Learner(model, list(model.parameters()), model.config.train, 10, CPU)
     assert weigh(learner, [], Others(2, [0.0, 0.0]), ())[1] is False, "nobody has any: the epoch is over"
+
+
+def said_by(code: str, world: int, *words: object) -> list[Any]:
+    """What `world` processes that run `code` say at last, given their rank, a port and `words`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(port), *map(str, words)],
+            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        return [json.loads(one.communicate(timeout=180)[0].splitlines()[-1]) for one in started]
+    finally:
+        for one in started:
+            one.kill()
 
 
 WORKER = """
@@ -175,7 +247,7 @@ class Pair(Group, Alone):
             super()._put(save)
 
 shop = Dataset.open(str(folder / "dataset"))
-config = tinyshop.tiny("train.epochs=1", "train.refit_epochs=1", *sys.argv[4:])
+config = tinyshop.tiny("train.workers=2", "train.epochs=1", "train.refit_epochs=1", *sys.argv[4:])
 facts = survey(shop, tinyshop.N_ITEMS, config)
 fit = Fit(Job(config, shop.path, facts.first_stage, facts.rows), Uneven(shop, config), Pair())
 fit.run()
@@ -196,21 +268,7 @@ APART = ("train.id_optimizer=rowwise_adagrad", "train.negatives=8", "train.image
 @pytest.mark.parametrize("settings", [(), APART])
 def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path, settings: tuple[str, ...]) -> None:
     tinyshop.write(tmp_path / "dataset")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(port), str(tmp_path), *settings],
-            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        said = [json.loads(one.communicate(timeout=180)[0].splitlines()[-1]) for one in started]
-    finally:
-        for one in started:
-            one.kill()
+    said = said_by(WORKER, 2, tmp_path, *settings)
     (first, first_sum, first_held, first_table), (second, second_sum, second_held, second_table) = said
     assert [line[:3] for line in first] == [line[:3] for line in second], "the loss is over the targets of both"
     assert first_sum == pytest.approx(second_sum, rel=1e-9), "equal weights"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ import pytest
 import tinyshop
 from terminal import Running, Terminal
 
+from rayrec.config import preset, with_settings
 from rayrec.data.dataset import Dataset
+from rayrec.training.local import train_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -60,6 +63,13 @@ def in_peace(train: Train, tmp_path_factory: pytest.TempPathFactory) -> list[tup
 def own() -> Iterator[Terminal]:
     with Terminal() as terminal:
         yield terminal
+
+
+def free_port() -> int:
+    """For the dashboard of a cluster: another one on this machine may have the usual port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def learned(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -187,7 +197,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "_system_config": {
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True,
+    "dashboard_port": int(sys.argv.pop()), "_system_config": {
     "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 5000,
     "health_check_failure_threshold": 3}})
 nodes = [cluster.add_node(num_cpus=2, resources={"trains": 1}) for _ in range(2)]
@@ -222,7 +233,78 @@ def test_a_node_that_is_gone_is_replaced_by_another(
     own: Terminal, dataset: Dataset, in_peace: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
     settings = [*SETTINGS, "train.checkpoint_steps=1"]
-    ran = own.run(sys.executable, "-c", NODES, dataset.path, tmp_path / "bundles", *settings, timeout_s=600)
+    ran = own.run(
+        sys.executable, "-c", NODES, dataset.path, tmp_path / "bundles", *settings, free_port(), timeout_s=600
+    )
     assert ran.code == 0, ran.err
     assert "killed a node" in ran.err
     assert learned(ran.json) == in_peace
+
+
+ELASTIC = """
+import os, subprocess, sys, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True,
+    "dashboard_port": int(sys.argv.pop()), "_system_config": {
+    "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 3}})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+state = Path(sys.argv[2]) / ".runs"
+code = (
+    "from rayrec.training import trainer; from rayrec.cli import main; trainer.LOOK_FOR_MORE_S = 5.0; main()"
+)
+training = subprocess.Popen(
+    [sys.executable, "-c", code, "train", *sys.argv[1:], "--json"], env={**os.environ, "RAY_ADDRESS": cluster.address}
+)
+
+def wait(what, workers):
+    # A checkpoint of a step within an epoch, by so many workers, that was not there yet.
+    known = set(state.glob("*/checkpoint_*"))
+    while training.poll() is None:
+        for folder in set(state.glob("*/checkpoint_*")) - known:
+            if len(list(folder.glob("seal-*.json"))) == len(list(folder.glob("worker-*.pt"))) == workers:
+                print(f"{what}: {workers} workers", file=sys.stderr, flush=True)
+                return
+        time.sleep(0.05)
+    sys.exit(f"{what}: the training ended before {workers} worked")
+
+try:
+    wait("at first", 3)
+    gone = time.monotonic()
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    wait("after a node is gone", 2)
+    print(f"went on after {time.monotonic() - gone:.1f} s", file=sys.stderr, flush=True)
+    cluster.add_node(num_cpus=1)
+    wait("after one came", 3)
+    sys.exit(training.wait())
+finally:
+    training.kill()
+"""
+
+
+def test_with_fewer_workers_and_then_more_again_a_step_is_of_as_many_batches_and_the_model_as_good(
+    own: Terminal, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Three workers of a batch of four each, two after a node is gone, three when another one comes."""
+    settings = [*SETTINGS, "train.epochs=30", "train.patience=30", "train.batch_size=4", "train.workers=3"]
+    more = ["train.min_workers=1", "train.checkpoint_steps=1", "train.fusion_epochs=0", "train.refit_epochs=0"]
+    chosen = (word for one in (*settings, *more) for word in ("--set", one))
+    words = (dataset.path, tmp_path / "bundles", *chosen, free_port())
+    ran = own.run(sys.executable, "-c", ELASTIC, *words, timeout_s=800)
+    assert ran.code == 0, ran.err
+    lines = ran.json["training"]
+    assert [line["epoch"] for line in lines] == list(range(30)), "no epoch is lost, and none told twice"
+    spread = [trained(dataset, [*settings, *more, f"train.seed={seed}"], tmp_path / f"alone-{seed}") for seed in (0, 1)]
+    assert {line["steps"] for line in lines} <= {line["steps"] + extra for line in spread[0] for extra in (-1, 0, 1)}
+    # One process with all batches of a step learns at the same rate, so the curve ends in the same place.
+    ends = [sum(line["loss"] for line in one[-3:]) / 3 for one in (lines, *spread)]
+    noise = abs(ends[1] - ends[2])
+    assert abs(ends[0] - ends[1]) < 3 * noise + 0.1, ends
+
+
+def trained(dataset: Dataset, settings: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The epochs of the same training in this process, by one worker who takes the batches of all."""
+    folder.mkdir()
+    return train_alone(dataset, with_settings(preset("small"), settings), folder).history

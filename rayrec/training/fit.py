@@ -4,7 +4,8 @@ In: a `Job`, the worker's `Feed` of rows and its `Peers`. Out: reports; the last
 It must not know Ray: alone in one process it runs as it is.
 
 A training that goes on from a checkpoint, of the end of an epoch or of a step within one, ends with the weights of one
-that was never interrupted: an epoch's rows and what is drawn in it follow from seed, stage, epoch and rank.
+that was never interrupted: an epoch's rows and what is drawn in it follow from seed, stage, epoch and rank. With
+fewer or more workers than before it goes on with as many batches a step; which rows are in them differs then.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from rayrec.training.batches import (
 from rayrec.training.calibrate import calibrate
 from rayrec.training.checkpoints import STATE
 from rayrec.training.held_images import held_images
-from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, Together, train_epoch
+from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, Together, dealt, train_epoch
 from rayrec.training.runs import differences
 from rayrec.training.warm_start import warm_start
 from rayrec.training.windows import stages
@@ -164,6 +165,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         config = self.job.config
+        assert self.peers.world <= config.train.workers, "a step's batches are those of `train.workers` at most"
         torch.manual_seed(config.train.seed)
         self.dataset = Dataset.open(self.job.dataset)
         if self.job.fingerprint and self.dataset.fingerprint() != self.job.fingerprint:
@@ -246,8 +248,8 @@ class Fit:
                 break
             rng = self._rng(stage, epoch)
             torch.manual_seed(int(rng.integers(2**31)))
-            done = so_far.steps * train.accumulate if so_far else 0
-            given = islice(batches(rng, done), steps * train.accumulate - done if train.max_samples else None)
+            done, all_ = (self._dealt(n * train.batches_a_step) for n in (so_far.steps if so_far else 0, steps))
+            given = islice(batches(rng, done), all_ - done if train.max_samples else None)
             if saved and so_far:
                 self._take_up(saved["worker"])
             kept = partial(self._keep, stage, epoch, learner, stopper, best)
@@ -265,6 +267,9 @@ class Fit:
     def _weights(self) -> dict[str, Tensor]:
         """A copy in main memory: a GPU has better use for room for another table of ids."""
         return {name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+
+    def _dealt(self, n: int) -> int:
+        return dealt(n, self.peers.world, self.peers.rank)
 
     def _rng(self, stage: Stage, epoch: int) -> np.random.Generator:
         return np.random.default_rng([self.job.config.train.seed, len(stage.name), epoch, self.peers.rank])
@@ -309,25 +314,42 @@ class Fit:
             def save(folder: Path) -> None:
                 if self.peers.rank == 0:
                     self._save(folder, stage.name, epoch, learner, stopper, best, progress)
-                torch.save(self._worker_state(), folder / f"worker-{self.peers.rank}.pt")
+                torch.save(self._worker_state(progress), folder / f"worker-{self.peers.rank}.pt")
 
             self.peers.keep({"stage": stage.name, "epoch": epoch, "step": progress.steps}, save)
             self.saved_at = time.monotonic()
         if end:
             raise EndedError(stage.name, epoch, progress.steps)
 
-    def _worker_state(self) -> dict[str, Any]:
+    def _worker_state(self, progress: Progress) -> dict[str, Any]:
         """What each worker has of its own in the middle of an epoch."""
-        state = {"cpu": torch.get_rng_state(), "model": self.model.passing()}
+        state = {"cpu": torch.get_rng_state(), "model": self.model.passing(), "progress": asdict(progress)}
         if self.peers.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.peers.device)
         return state
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        torch.set_rng_state(state["cpu"])
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.peers.device)
         self.model.take_up(state["model"])
+
+    def _own(self, folder: Path, workers: int) -> dict[str, Any]:
+        """What this worker has of its own, out of a checkpoint of `workers`.
+
+        Of fewer or more workers than there are now it takes what all have alike. The rest of the epoch is then shared
+        out anew: as many batches are passed over as were learned from, but not the very same.
+        """
+        ranks = [self.peers.rank] if workers == self.peers.world else range(workers)
+        states = [torch.load(folder / f"worker-{rank}.pt", map_location="cpu", weights_only=True) for rank in ranks]
+        if workers == self.peers.world:
+            return dict(states[0])
+        steps = states[0]["progress"]["steps"]
+        sums = {name: sum(state["progress"][name] for state in states) for name in states[0]["progress"]}
+        means = {name: total / workers for name, total in sums.items()}
+        shared = {**means, "steps": steps, "samples": sums["samples"] // self.peers.world}
+        return {"model": states[self.peers.rank % workers]["model"], "progress": shared}
 
     # ---------------------------------------------------------------- rows and batches
 
@@ -353,13 +375,13 @@ class Fit:
             skip = max(0, skip - each)
 
     def _steps(self, stage: Stage) -> int:
-        """Steps of an epoch: for the schedule and, with `max_samples`, the limit."""
+        """Steps of an epoch with all workers: for the schedule and, with `max_samples`, the limit."""
         train = self.job.config.train
-        samples = self.job.rows[stage.name] // self.peers.world
+        samples = self.job.rows[stage.name] // train.workers
         if stage.name == "pairs":
             samples *= 1 + (train.negatives or PAPER_NEGATIVES)
         if train.max_samples:
-            samples = min(samples, -(-train.max_samples // self.peers.world))
+            samples = min(samples, -(-train.max_samples // train.workers))
         return max(1, -(-samples // (stage.batch_size * train.accumulate)))
 
     def _scorer(self, fused: bool = True) -> Scorer:
@@ -438,7 +460,7 @@ class Fit:
     def _restore(self) -> dict[str, Any] | None:
         """The state of an interrupted training, with its weights put into the model; None to begin anew.
 
-        Raises UsageError for the checkpoint of another training: of other settings, another dataset or more workers.
+        Raises UsageError for the checkpoint of another training: of other settings, or another dataset.
         """
         if self.resume is None:
             return None
@@ -452,8 +474,8 @@ class Fit:
         saved["best"] = load_file(self.resume / "best.safetensors")
         saved["learner"] = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
         if saved["within"]:
-            own = self.resume / f"worker-{self.peers.rank}.pt"
-            saved["worker"] = torch.load(own, map_location="cpu", weights_only=True)
+            saved["worker"] = self._own(self.resume, saved["workers"])
+            saved["within"] = saved["worker"]["progress"]
         return saved
 
     def _refuse_another(self, saved: dict[str, Any]) -> None:
@@ -461,11 +483,6 @@ class Fit:
             raise UsageError(f"the checkpoint is of a training with other settings: {'; '.join(others)}")
         if saved["dataset"] and self.job.fingerprint and saved["dataset"] != self.job.fingerprint:
             raise UsageError(f"the checkpoint is of a training on another dataset than {self.job.dataset} is now")
-        if saved["within"] and saved["workers"] != self.peers.world:
-            raise UsageError(
-                f"the checkpoint is of {saved['workers']} worker(s) in the middle of an epoch, and {self.peers.world} "
-                "cannot share the rest of it alike: train on as many"
-            )
 
     def _finish(self, folder: Path, vector_ND: np.ndarray) -> None:
         save_file(_savable(self.model.state_dict()), folder / "model.safetensors")

@@ -158,10 +158,23 @@ def rate(step: int, total_steps: int, warmup: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def dealt(n: int, world: int, rank: int) -> int:
+    """How many of the first `n` batches are this worker's, where they are dealt out in turn.
+
+    A step takes the next `TrainConfig.batches_a_step` of them, so that it learns from as many, and at the same rate,
+    whether all workers are there or fewer; and these run out of batches together.
+
+    >>> [dealt(4, 3, rank) for rank in range(3)], [dealt(8, 3, rank) - dealt(4, 3, rank) for rank in range(3)]
+    ([2, 1, 1], [1, 2, 1])
+    """
+    return (n + world - 1 - rank) // world
+
+
 class Together(Protocol):
     """The workers that take each step together."""
 
     world: int
+    rank: int
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each of `values`, summed over the workers; every worker calls it at the same place."""
@@ -171,6 +184,7 @@ class OneWorker:
     """Nobody else."""
 
     world = 1
+    rank = 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The values themselves."""
@@ -211,8 +225,10 @@ def train_epoch(
     progress = so_far or Progress()
     began = time.perf_counter() - progress.seconds
     waiting = timed(batches)
+    all_of_step = learner.config.batches_a_step
     while True:
-        given = list(islice(waiting, learner.config.accumulate))
+        had, has = (dealt(n * all_of_step, workers.world, workers.rank) for n in (progress.steps, progress.steps + 1))
+        given = list(islice(waiting, has - had))
         weighted, others, wished = weigh(learner, [batch for batch, _ in given], workers, wishes(progress))
         if not given and not others:
             break

@@ -20,7 +20,7 @@ LEAST_ROOM_BYTES = 32 * 1024 * 1024
 """Checkpoints and bundle of a small model. With less it is kinder to say so at once than after an epoch."""
 
 
-TEACH_NOTHING = ("checkpoint_s", "checkpoint_steps", "tracker", "bad_shards")
+TEACH_NOTHING = ("checkpoint_s", "checkpoint_steps", "tracker", "bad_shards", "min_workers")
 """Settings of `TrainConfig` that a training may change when it goes on: it learns the same."""
 
 

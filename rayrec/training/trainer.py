@@ -41,6 +41,12 @@ from rayrec.training.workers import Board, train_worker
 
 MIN_CPU_A_WORKER = 0.25
 
+LOOK_FOR_MORE_S = 60.0
+"""How often a training that may have fewer workers than it wants looks for nodes to take more on."""
+
+FAILURES, ELASTIC_FAILURES = 2, 10
+"""How many times workers are replaced. Where nodes come and go there are more faults that are nobody's."""
+
 # glibc hands big freed blocks back to the kernel and faults them in again each step, which costs a third of the
 # time of CPU training; keep them.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -103,19 +109,23 @@ def train(
         config, dataset.path, facts.first_stage, facts.rows, start, fingerprint=fingerprint, shards=facts.shards
     )  # fmt: skip
     os.environ.setdefault(*POLL)
+    elastic = config.train.min_workers
     board = Board.remote()  # type: ignore[attr-defined]
     asked = Asked(board)
     trainer = Trainer(
         train_worker,
         train_loop_config={"job": ray.put(job), "board": board, "storage": f"{runs.storage}/{run}"},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers, use_gpu=config.train.gpu, resources_per_worker=resources
+            num_workers=(elastic, config.train.workers) if elastic else config.train.workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=LOOK_FOR_MORE_S,  # type: ignore[call-arg]
+            use_gpu=config.train.gpu,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=run,
             storage_path=runs.storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(max_failures=ELASTIC_FAILURES if elastic else FAILURES),
             worker_runtime_env={"env_vars": ALLOCATOR},  # type: ignore[call-arg]
         ),
         torch_config=Workers(backend="nccl" if config.train.gpu else "gloo"),
@@ -160,15 +170,17 @@ def _forget(runs: Runs, run: str) -> None:
 def _tables(dataset: Dataset, config: Config, shards: list[str]) -> dict[str, Any]:
     """The rows of each stage, made from sequence shards as they are asked for."""
     fs, _ = filesystem(dataset.path)
+    # Whatever nodes are left, workers may take all of their CPUs: what feeds them must not wait for one.
+    cpus: dict[str, Any] = {"num_cpus": 0} if config.train.min_workers else {}
     # A block a shard: how many CPUs there are must not decide which rows are whose.
     with _naming_shards(dataset):  # Ray reads their ends now
-        sequences = ray.data.read_parquet(shards, filesystem=fs, override_num_blocks=len(shards))
+        sequences = ray.data.read_parquet(shards, filesystem=fs, override_num_blocks=len(shards), ray_remote_args=cpus)
     if config.train.bad_shards == "skip":
         sequences.context.max_errored_blocks = len(shards)
 
     def rows(stage: str) -> ray.data.Dataset:
         make = partial(stage_rows, stage=stage, config=config)
-        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None)
+        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None, **cpus)
 
     return {stage: rows(stage) for stage in stages(config)}
 
@@ -176,9 +188,11 @@ def _tables(dataset: Dataset, config: Config, shards: list[str]) -> dict[str, An
 def worker_resources(config: Config, wait_s: float) -> dict[str, float]:
     """What each worker asks of the cluster. On CPUs it leaves one for Ray Data, which feeds the workers.
 
+    If fewer workers will do, each asks for a CPU, so that it is the nodes which decide how many there are.
     Raises ResourceError if the cluster does not have it within `wait_s`.
     """
-    workers, gpu = config.train.workers, config.train.gpu
+    elastic, gpu = config.train.min_workers, config.train.gpu
+    workers = elastic or config.train.workers
     deadline = time.monotonic() + wait_s
     if wait_s:
         from ray.autoscaler.sdk import request_resources
@@ -187,7 +201,7 @@ def worker_resources(config: Config, wait_s: float) -> dict[str, float]:
     while True:
         have = ray.cluster_resources()
         cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
-        share = min(1.0, (cpus - 1) / workers)
+        share = 1.0 if elastic else min(1.0, (cpus - 1) / workers)
         if cpus >= workers and share >= MIN_CPU_A_WORKER and (not gpu or gpus >= workers):
             return {"CPU": share, **({"GPU": 1.0} if gpu else {})}
         if time.monotonic() >= deadline:

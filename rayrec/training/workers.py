@@ -119,6 +119,8 @@ def train_worker(given: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as scratch:
         peers = RayPeers(given["board"])
+        if peers.rank == 0 and job.config.train.min_workers:
+            peers.tell(f"{peers.world} of {job.config.train.workers} worker(s)")
         resume = _newest(given["storage"], Path(scratch), peers)
         try:
             Fit(job, RayFeed(keep=not job.config.train.max_samples), peers, resume).run()
