@@ -32,6 +32,27 @@ def bench_add(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = Fa
     _show(run(events, rounds), as_json)
 
 
+@bench_app.command("shapes")
+def bench_shapes(events: Events = 200_000, rounds: Rounds = 1, as_json: Json = False) -> None:
+    """Prepare on awkward logs: a robot with most rows, thousands of tiny files, one file that cannot be cut."""
+    from rayrec.bench.shapes import run
+
+    _show(run(events, rounds), as_json)
+
+
+@bench_app.command("chain")
+def bench_chain(
+    out: Annotated[Path, typer.Option(help="Where all is made and kept.")],
+    events: Events = 1_000_000,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Sample, prepare, train an epoch and evaluate, with the peak memory of each; goes on where it was stopped."""
+    from rayrec.bench.chain import run
+
+    _show(run(events, out, set_ or []), as_json)
+
+
 @bench_app.command("train")
 def bench_train(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
     """Ray Train with one worker against the same loop in plain torch."""

@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import ray
 import ray.data
 import ray.train
@@ -168,21 +171,29 @@ def _forget(runs: Runs, run: str) -> None:
 
 
 def _tables(dataset: Dataset, config: Config, shards: list[str]) -> dict[str, Any]:
-    """The rows of each stage, made from sequence shards as they are asked for."""
+    """The rows of each stage, made from sequence shards as they are asked for.
+
+    A task reads a shard itself: what Ray's reader does beforehand asks for a CPU, whatever its reading may ask for.
+    """
     fs, _ = filesystem(dataset.path)
-    # Whatever nodes are left, workers may take all of their CPUs: what feeds them must not wait for one.
-    cpus: dict[str, Any] = {"num_cpus": 0} if config.train.min_workers else {}
     # A block a shard: how many CPUs there are must not decide which rows are whose.
-    with _naming_shards(dataset):  # Ray reads their ends now
-        sequences = ray.data.read_parquet(shards, filesystem=fs, override_num_blocks=len(shards), ray_remote_args=cpus)
+    named = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     if config.train.bad_shards == "skip":
-        sequences.context.max_errored_blocks = len(shards)
+        named.context.max_errored_blocks = len(shards)
+    # Workers may take every CPU of the nodes that are left: what feeds them must not wait for one.
+    asks: dict[str, Any] = {"num_cpus": 0, "concurrency": config.train.workers} if config.train.min_workers else {}
 
     def rows(stage: str) -> ray.data.Dataset:
-        make = partial(stage_rows, stage=stage, config=config)
-        return sequences.map_batches(make, batch_format="pyarrow", batch_size=None, **cpus)
+        make = partial(_rows, stage=stage, config=config, fs=fs)
+        return named.map_batches(make, batch_format="pyarrow", batch_size=None, **asks)
 
     return {stage: rows(stage) for stage in stages(config)}
+
+
+def _rows(named: pa.Table, stage: str, config: Config, fs: pafs.FileSystem) -> pa.Table:
+    paths = named["shard"].to_pylist()
+    sequences = pa.concat_tables(pq.read_table(path, filesystem=fs, partitioning=None) for path in paths)
+    return stage_rows(sequences, stage, config)
 
 
 def worker_resources(config: Config, wait_s: float) -> dict[str, float]:
