@@ -63,6 +63,9 @@ def rayrec(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         ("train DIR DIR/out --workers 0", "--workers"),
         ("evaluate DIR/none DIR", "DIR/none: no such bundle; make one with: rayrec train"),
         ("evaluate DIR DIR --split all", "--split"),
+        ("retrain DIR/none DIR/ds", "DIR/none: no such bundle; make one with: rayrec train"),
+        ("retrain DIR DIR/ds --state sqlite:///DIR/none.db", "DIR: nothing is published there to start from"),
+        ("retrain DIR DIR/ds --margin 2", "--margin"),
         ("serve DIR/none", "DIR/none: no such bundle"),
         ("serve DIR --port 0", "--port"),
         ("serve DIR --tls-cert DIR/none.pem", "--tls-cert needs --tls-key"),
@@ -105,6 +108,8 @@ def test_wrong_usage_exits_2_with_one_message(rayrec: Command, tmp_path: Path, l
         "evaluate /tmp/bundles /tmp/dataset --report report.html",
         "serve bundles",
         "serve /tmp/bundles --state sqlite:///state.db",
+        "retrain /tmp/bundles dataset",
+        "retrain /tmp/bundles /tmp/dataset --raw exports",
     ],
 )
 def test_a_submitted_job_refuses_a_relative_path(rayrec: Command, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
@@ -150,7 +155,18 @@ def test_an_interrupt_is_said_and_exits_130(rayrec: Command, monkeypatch: pytest
 def test_help_names_every_command_of_the_design(rayrec: Command) -> None:
     ran = rayrec("--help")
     assert ran.code == 0
-    for name in ("demo", "sample", "import", "prepare", "train", "evaluate", "serve", "recommend", "bundles"):
+    for name in (
+        "demo",
+        "sample",
+        "import",
+        "prepare",
+        "train",
+        "evaluate",
+        "serve",
+        "recommend",
+        "bundles",
+        "retrain",
+    ):
         assert re.search(rf"^\W*{name}\b", ran.out, re.MULTILINE), name
 
 

@@ -10,24 +10,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import tinyshop
 
-from rayrec.bundle import Bundle, current_version
-from rayrec.config import PrepareConfig, with_settings
+from rayrec.bundle import Bundle, BundleWriter, current_version, publish
+from rayrec.config import Config, PrepareConfig, with_settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.intake import Intake
 from rayrec.data.pipelines import add, forget, prepare
 from rayrec.errors import ResourceError, UsageError
 from rayrec.retrain import job
 from rayrec.retrain.alone import alone
-from rayrec.retrain.comparison import Rule
+from rayrec.retrain.comparison import Rule, verdict
 from rayrec.retrain.exports import Exports
 from rayrec.retrain.job import NO_NEWS, PUBLISHED, REFUSED, Places, line, retrain
 from rayrec.serving.live import ACTIVE_MODEL
 from rayrec.state import open_state
 from rayrec.state.protocol import Event
-from rayrec.training.lineage import LINEAGE, VERDICT
+from rayrec.training.lineage import LINEAGE, VERDICT, lineage
+from rayrec.training.listing import line as listing_line
 from rayrec.training.listing import listing
 
 ALWAYS, STRICT = Rule(margin=1.0, least=10), Rule(margin=0.0, least=10)
@@ -68,6 +71,7 @@ def held(places: Places) -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_night(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     first = current_version(places.bundles)
@@ -112,6 +116,113 @@ def test_a_night(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     state.close()
     assert retrain(places, [], ALWAYS)["verdict"] == NO_NEWS
     assert active(places) == published["version"]
+
+
+# ---------------------------------------------------------------- the order of the steps, without Ray
+
+
+class Shop:
+    """Bundles without a model on a dataset that grows by `news`; `passes` is what the judge will say."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        url = f"sqlite:///{folder}/state.db"
+        open_state(url).close()
+        self.places = Places(str(folder / "bundles"), str(folder / "ds"), url, str(folder / "raw"))
+        self.dataset = tinyshop.write(folder / "ds", users=3)
+        self.passes, self.trained, self.days = True, 0, 0
+        (folder / "bundles").mkdir()
+        publish(self.train(self.places.dataset, self.places.bundles, tinyshop.tiny()))
+        monkeypatch.setattr(job, "_take_in", lambda places: {})
+        monkeypatch.setattr(job, "train", self.train)
+        monkeypatch.setattr(job, "compare", self.judge)
+
+    def news(self) -> None:
+        self.days += 1
+        (Path(self.dataset.path) / "manifest.json").write_text(json.dumps({**self.dataset.manifest, "day": self.days}))
+
+    def train(self, dataset: str, bundles: str, config: Config, **given: Any) -> Bundle:
+        self.trained += 1
+        parent = Bundle.open(given["start_from"]) if "start_from" in given else None
+        with BundleWriter(bundles, f"v{self.trained}") as writer:
+            writer.json("config.json", config.model_dump(mode="json"))
+            writer.json("metrics.json", {})
+            writer.json(LINEAGE, lineage(Dataset.open(dataset), parent))
+            return writer.commit(clock="time", items=1, created="now")
+
+    def judge(self, candidate: Bundle, current: Bundle, *_: object) -> dict[str, Any]:
+        found = verdict(np.full(4, float(self.passes)), np.full(4, 0.5), 0.0)
+        return {**found, "against": current.version, "since": "then"}
+
+    def run(self, *settings: str) -> tuple[str, str | None, str | None]:
+        """The verdict, CURRENT, and what the service is told to serve."""
+        found = retrain(self.places, settings, STRICT)["verdict"]
+        return found, current_version(self.places.bundles), active(self.places)
+
+    def tell(self, version: str) -> None:
+        state = open_state(self.places.state)
+        state.put_setting(ACTIVE_MODEL, version)
+        state.close()
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    return Shop(tmp_path, monkeypatch)
+
+
+def test_without_news_nothing_is_trained(shop: Shop) -> None:
+    assert shop.run() == (NO_NEWS, "v1", None)
+    assert shop.trained == 1
+
+
+def test_night_after_night(shop: Shop) -> None:
+    shop.news()
+    assert shop.run() == (PUBLISHED, "v2", "v2")
+    assert shop.run() == (NO_NEWS, "v2", "v2")
+    shop.passes = False
+    shop.news()
+    assert shop.run() == (REFUSED, "v2", "v2")
+    assert shop.run() == (NO_NEWS, "v2", "v2"), "the same would be refused again"
+    shop.passes = True
+    assert shop.run("train.lr=0.01") == (PUBLISHED, "v4", "v4"), "other settings are another candidate"
+    rows = listing(shop.places.bundles)
+    assert [row["live"] for row in rows] == [False, False, False, True]
+    assert [(row["parent"] or {}).get("version") for row in rows] == [None, "v1", "v2", "v2"]
+    assert "refused: next item 0.0000, 0.5000 before, 4 visitors" in listing_line(rows[2])
+
+
+@pytest.mark.parametrize("step", ["compare", "_noted", "publish", "_tell"])
+def test_a_run_that_was_ended_goes_on_where_it_was(shop: Shop, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    shop.news()
+    with monkeypatch.context() as patch:
+        patch.setattr(job, step, ended)
+        with pytest.raises(KeyboardInterrupt):
+            shop.run()
+    _, current, told = shop.run()
+    assert (current, told, shop.trained) == ("v2", "v2", 2)
+
+
+def test_a_version_that_was_published_meanwhile_stays(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(candidate: Bundle, *given: Any) -> dict[str, Any]:
+        publish(shop.train(shop.places.dataset, shop.places.bundles, tinyshop.tiny()))
+        return shop.judge(candidate, *given)
+
+    monkeypatch.setattr(job, "compare", slow)
+    shop.news()
+    with pytest.raises(ResourceError, match="v3 was published meanwhile and stays"):
+        shop.run()
+    assert current_version(shop.places.bundles) == "v3"
+
+
+def test_a_service_that_was_told_to_serve_another_version_is_left_alone(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop.tell("v0")
+    shop.news()
+    assert shop.run() == (PUBLISHED, "v2", "v0")
+    assert "the service was told to serve v0" in capsys.readouterr().err
 
 
 def test_a_verdict_for_people() -> None:
@@ -177,6 +288,7 @@ def test_the_erased_leave_the_dataset_and_stay_out(tmp_path: Path) -> None:
     exports.export(state, nothing)
     add(str(raw), str(dataset))
     before = events_of(dataset)
+    state.erase("u1")
     assert forget(str(dataset), {"stranger": later}, str(raw)) is None
 
     erased = exports.forget({"u1": later})

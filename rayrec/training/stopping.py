@@ -21,7 +21,7 @@ from rayrec.training.workers import hear_sigterm
 
 GRACE_S = 20
 """From SIGTERM to an end without a checkpoint: less than the half minute that clouds and Kubernetes leave."""
-GO_ON = "the same command with --resume goes on from there"
+GO_ON = "train with --resume goes on from there, and retrain by itself"
 
 Handler = Callable[[int, FrameType | None], Any]
 
