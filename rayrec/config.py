@@ -227,7 +227,7 @@ class TrainConfig(Settings):
     id_optimizer: Literal["adamw", "rowwise_adagrad"] = Field(
         "adamw", description="of the table of ids; row-wise: a step moves what it read, one number of state a row"
     )
-    id_lr: float = Field(3.0, gt=0, description="times `lr` with which rowwise_adagrad learns")
+    id_lr: float = Field(30.0, gt=0, description="times `lr` with which rowwise_adagrad learns")
     loss: Literal["softmax", "bpr_max", "gbce"] = "softmax"
     negatives: int = Field(
         0, ge=0, description="sampled for a batch; 0: softmax over all items, 1024 for other losses, 4 for paper"

@@ -29,7 +29,13 @@ def test_mixed_precision_learns_as_full_does(tmp_path: Path) -> None:
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-LARGE = ("train.id_optimizer=rowwise_adagrad", "train.negatives=8", "train.image_budget=all", "train.image_recompute=8")
+LARGE = (
+    "train.id_optimizer=rowwise_adagrad",
+    "train.id_lr=3",
+    "train.negatives=8",
+    "train.image_budget=all",
+    "train.image_recompute=8",
+)
 
 
 @pytest.mark.gpu

@@ -260,7 +260,13 @@ print(json.dumps([
 """
 
 
-APART = ("train.id_optimizer=rowwise_adagrad", "train.negatives=8", "train.image_held=share", "train.image_budget=8")
+APART = (
+    "train.id_optimizer=rowwise_adagrad",
+    "train.id_lr=3",
+    "train.negatives=8",
+    "train.image_held=share",
+    "train.image_budget=8",
+)
 """What data-parallel wrappers do not bring together: gradients of ids, and pictures, half of them on each worker."""
 
 
