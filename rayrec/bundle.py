@@ -29,11 +29,12 @@ from safetensors.torch import load_file, save
 
 from rayrec import __version__
 from rayrec.catalogue import Catalogue
-from rayrec.config import Config, from_dict
+from rayrec.config import Config
 from rayrec.errors import BundleError, UsageError
 from rayrec.files import download, filesystem, is_uri, read_text, upload, upload_file
 from rayrec.followers import Followers
 from rayrec.schema import BUNDLE_VERSION
+from rayrec.settings import from_dict
 
 FORMAT = "rayrec-bundle"
 CURRENT = "CURRENT"

@@ -16,10 +16,11 @@ from typing import Annotated, Any
 import typer
 
 from rayrec.bench.commands import bench_app
-from rayrec.config import Config, PrepareConfig, ServeConfig, preset, with_file, with_settings
+from rayrec.config import Config, PrepareConfig, ServeConfig, preset
 from rayrec.errors import RayrecError, UsageError
 from rayrec.options import Json, Seed, Set, print_json
 from rayrec.progress import step
+from rayrec.settings import with_file, with_settings
 
 app = typer.Typer(
     help="A real-time recommender on Ray: logs and product images in, a live personal ranking out.",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from rayrec.config import ServeConfig, with_settings
+from rayrec.config import ServeConfig
 from rayrec.serving.app import run_server
+from rayrec.settings import with_settings
 
 if __name__ == "__main__":
     bundle, state_url, port, *settings = sys.argv[1:]

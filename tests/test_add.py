@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rayrec.config import PrepareConfig, with_settings
+from rayrec.config import PrepareConfig
 from rayrec.data.catalogue_files import RawCatalogue, overlaid
 from rayrec.data.dataset import Dataset
 from rayrec.data.intake import Intake, Taken, unknown
@@ -24,6 +24,7 @@ from rayrec.data.pipelines import add, prepare
 from rayrec.data.readers import RawFile
 from rayrec.errors import DataError, UsageError
 from rayrec.schema import REJECT_SCHEMA
+from rayrec.settings import with_settings
 
 HEADER = "event_id,user_id,item_id,timestamp,action,price,quantity"
 DAY = 1_700_000_000

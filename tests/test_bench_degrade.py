@@ -17,10 +17,11 @@ from PIL import Image
 from rayrec.bench import degrade
 from rayrec.bench.degrade import KINDS, Bench, draw, plans, renumbered, run, summary, table
 from rayrec.bundle import Bundle
-from rayrec.config import Config, PrepareConfig, from_dict, with_settings
+from rayrec.config import Config, PrepareConfig
 from rayrec.data import pipelines
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
+from rayrec.settings import from_dict, with_settings
 from rayrec.training.local import train_alone
 from rayrec.training.publish import write_bundle
 from rayrec.training.survey import survey

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from rayrec.config import ServeConfig, preset, with_settings
+from rayrec.config import ServeConfig, preset
 from rayrec.evaluation.shards import ACTOR_CPUS
+from rayrec.settings import with_settings
 from rayrec.training import trainer
 
 if sys.version_info >= (3, 11):

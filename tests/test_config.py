@@ -9,19 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rayrec.config import (
-    DEFAULT_SCENES,
-    PRESETS,
-    Config,
-    PrepareConfig,
-    ServeConfig,
-    Settings,
-    from_dict,
-    preset,
-    with_file,
-    with_settings,
-)
+from rayrec.config import DEFAULT_SCENES, PRESETS, Config, PrepareConfig, ServeConfig, preset
 from rayrec.errors import UsageError
+from rayrec.settings import Settings, from_dict, with_file, with_settings
 
 
 @pytest.mark.parametrize("name", PRESETS)

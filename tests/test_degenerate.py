@@ -17,7 +17,7 @@ import tinyshop
 from PIL import Image
 
 from rayrec.bundle import Bundle, default_state
-from rayrec.config import Config, PrepareConfig, preset, with_settings
+from rayrec.config import Config, PrepareConfig, preset
 from rayrec.data import pipelines
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError, RayrecError
@@ -25,6 +25,7 @@ from rayrec.evaluation import evaluate
 from rayrec.evaluation.report import render
 from rayrec.serving.offline import recommend
 from rayrec.serving.scorer import scorer_maker
+from rayrec.settings import with_settings
 from rayrec.training.local import train_alone
 from rayrec.training.publish import write_bundle
 from rayrec.training.survey import survey

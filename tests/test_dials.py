@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayrec.config import PRESETS, Config, with_settings
+from rayrec.config import PRESETS, Config
 from rayrec.errors import UsageError
+from rayrec.settings import with_settings
 from rayrec.training.dials import PAPER_DIALS, SMALL_DIALS, parse, turns
 
 

@@ -30,7 +30,8 @@ from terminal import Running, Terminal
 from rayrec.bench import load
 from rayrec.bench.load import NO_ANSWER, Call, Load
 from rayrec.bundle import Bundle, BundleWriter, versions
-from rayrec.config import ServeConfig, with_settings
+from rayrec.config import ServeConfig
+from rayrec.settings import with_settings
 from rayrec.state import open_state
 from rayrec.training.local import train_alone
 from rayrec.training.publish import write_bundle

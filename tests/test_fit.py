@@ -15,7 +15,7 @@ import tinyshop
 import torch
 from safetensors.torch import load_file
 
-from rayrec.config import Config, preset, with_settings
+from rayrec.config import Config, preset
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError, UsageError
 from rayrec.evaluation import ReplaySettings, replay, summarise
@@ -23,6 +23,7 @@ from rayrec.followers import Followers
 from rayrec.model.recommender import Recommender, build
 from rayrec.model.scorer import Scorer
 from rayrec.schema import HEADS, SEQUENCE_SCHEMA
+from rayrec.settings import with_settings
 from rayrec.training.batches import history_of
 from rayrec.training.calibrate import _platt, calibrate
 from rayrec.training.checkpoints import seal

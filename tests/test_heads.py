@@ -14,12 +14,12 @@ import pyarrow as pa
 import pytest
 import tinyshop
 
-from rayrec.config import with_settings
 from rayrec.data.dataset import Dataset
 from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.history import HistoryBatch, encode_history
 from rayrec.model.scorer import Scorer
 from rayrec.schema import ACTION_CODE, ACTIONS, SEQUENCE_SCHEMA
+from rayrec.settings import with_settings
 from rayrec.training.local import LocalFeed, train_alone
 from rayrec.training.survey import survey
 from rayrec.training.windows import only_read

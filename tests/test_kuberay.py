@@ -15,9 +15,10 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from rayrec.cli import app
-from rayrec.config import ServeConfig, preset, with_settings
+from rayrec.config import ServeConfig, preset
 from rayrec.serving.app import Application
 from rayrec.serving.keys import KEYS
+from rayrec.settings import with_settings
 from rayrec.state.redis import PASSWORD
 from rayrec.training.trainer import worker_resources
 

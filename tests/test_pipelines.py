@@ -23,7 +23,7 @@ import ray
 from PIL import Image
 
 from rayrec.cluster import require_absolute
-from rayrec.config import PrepareConfig, with_settings
+from rayrec.config import PrepareConfig
 from rayrec.data.dataset import Dataset
 from rayrec.data.mapping import Mapping
 from rayrec.data.pipelines import prepare
@@ -31,6 +31,7 @@ from rayrec.data.sample import SampleConfig, write_shop
 from rayrec.data.sources import import_source
 from rayrec.errors import DataError, ResourceError, UsageError
 from rayrec.schema import EVENT_SCHEMA, ITEM_SCHEMA, REJECT_SCHEMA, SEQUENCE_SCHEMA
+from rayrec.settings import with_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 

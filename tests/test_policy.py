@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shopfake import FakeScorer, catalogue
 
-from rayrec.config import ItemsConfig, SceneConfig, ServeConfig, with_settings
+from rayrec.config import ItemsConfig, SceneConfig, ServeConfig
 from rayrec.errors import UsageError
 from rayrec.ranking.pipeline import Ranker
 from rayrec.ranking.policy import Policy
 from rayrec.ranking.requests import Answer, Request
 from rayrec.ranking.rerank import capped, with_pinned
 from rayrec.ranking.rules import Rules
+from rayrec.settings import with_settings
 from rayrec.state import State, open_state
 from rayrec.state.protocol import Event
 

@@ -14,10 +14,11 @@ from fastapi.routing import APIRoute
 from shopfake import FakeScorer
 
 from rayrec.cli import app
-from rayrec.config import Config, PrepareConfig, ServeConfig, with_settings
+from rayrec.config import Config, PrepareConfig, ServeConfig
 from rayrec.errors import UsageError
 from rayrec.serving import wire
 from rayrec.serving.web import create_app
+from rayrec.settings import with_settings
 from rayrec.state import open_state
 
 REPOSITORY = Path(__file__).resolve().parents[1]

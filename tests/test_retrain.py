@@ -16,7 +16,7 @@ import pytest
 import tinyshop
 
 from rayrec.bundle import Bundle, BundleWriter, current_version, publish
-from rayrec.config import Config, PrepareConfig, with_settings
+from rayrec.config import Config, PrepareConfig
 from rayrec.data.dataset import Dataset
 from rayrec.data.intake import Intake
 from rayrec.data.pipelines import add, forget, prepare
@@ -27,6 +27,7 @@ from rayrec.retrain.comparison import Rule, verdict
 from rayrec.retrain.exports import Exports
 from rayrec.retrain.job import NO_NEWS, PUBLISHED, REFUSED, Places, line, retrain
 from rayrec.serving.live import ACTIVE_MODEL
+from rayrec.settings import with_settings
 from rayrec.state import open_state
 from rayrec.state.protocol import Event
 from rayrec.training.lineage import LINEAGE, VERDICT, lineage

@@ -13,9 +13,10 @@ import tinyshop
 import torch
 from torch import Tensor, nn
 
-from rayrec.config import TrainConfig, with_settings
+from rayrec.config import TrainConfig
 from rayrec.errors import UsageError
 from rayrec.model.recommender import Recommender, build
+from rayrec.settings import with_settings
 from rayrec.training.local import train_alone
 from rayrec.training.loop import Learner
 from rayrec.training.rowwise import RowwiseAdagrad

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from rayrec.config import ServeConfig, with_settings
+from rayrec.config import ServeConfig
 from rayrec.errors import UsageError
 from rayrec.serving.scaling import Peaks, serve_policy
+from rayrec.settings import with_settings
 
 HOUR_S = 3600
 

@@ -12,12 +12,13 @@ import tinyshop
 import torch
 
 from rayrec.catalogue import Catalogue
-from rayrec.config import Config, preset, with_settings
+from rayrec.config import Config, preset
 from rayrec.followers import Followers
 from rayrec.history import HistoryBatch, encode_history
 from rayrec.model.recommender import build
 from rayrec.model.scorer import Scorer
 from rayrec.schema import ACTION_CODE, ITEM_SCHEMA
+from rayrec.settings import with_settings
 
 SIZE = 16
 CONFIGS = {

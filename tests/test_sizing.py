@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rayrec.bench.sizing import Rates, Shop, changed, needs, table
-from rayrec.config import Config, preset, with_settings
+from rayrec.config import Config, preset
 from rayrec.errors import UsageError
+from rayrec.settings import with_settings
 
 PAGE = Path(__file__).resolve().parents[1] / "jobs" / "README.md"
 

@@ -23,8 +23,9 @@ import pytest
 import tinyshop
 from terminal import Running, Terminal
 
-from rayrec.config import preset, with_settings
+from rayrec.config import preset
 from rayrec.data.dataset import Dataset
+from rayrec.settings import with_settings
 from rayrec.training.local import train_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -203,7 +204,8 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_
     "health_check_failure_threshold": 3}})
 nodes = [cluster.add_node(num_cpus=2, resources={"trains": 1}) for _ in range(2)]
 ray.init(address=cluster.address, log_to_driver=False)
-from rayrec.config import preset, with_settings
+from rayrec.config import preset
+from rayrec.settings import with_settings
 from rayrec.training import trainer
 
 asked = trainer.worker_resources

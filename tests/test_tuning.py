@@ -10,8 +10,9 @@ import pytest
 import yaml
 from tinyshop import TINY
 
-from rayrec.config import Config, with_file, with_settings
+from rayrec.config import Config
 from rayrec.errors import ResourceError, UsageError
+from rayrec.settings import with_file, with_settings
 from rayrec.training.dials import parse
 from rayrec.training.trial_table import Epoch, Trial, draw, table
 from rayrec.training.tuning import Search, _fit, search

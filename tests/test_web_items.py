@@ -16,7 +16,7 @@ from PIL import Image
 from webclient import Client
 
 from rayrec.bundle import Bundle
-from rayrec.config import ServeConfig, with_settings
+from rayrec.config import ServeConfig
 from rayrec.errors import UsageError
 from rayrec.model import scorer as scorer_module
 from rayrec.serving.editing import editor
@@ -25,6 +25,7 @@ from rayrec.serving.pictures import Pictures, fetched
 from rayrec.serving.problems import ProblemError
 from rayrec.serving.scorer import load_scorer
 from rayrec.serving.web import create_app
+from rayrec.settings import with_settings
 from rayrec.state import State, open_state
 from rayrec.training.local import train_alone
 from rayrec.training.publish import write_bundle

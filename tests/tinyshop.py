@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayrec.config import Config, preset, with_settings
+from rayrec.config import Config, preset
 from rayrec.data.columns import ColumnFit
 from rayrec.data.dataset import FORMAT, Dataset
 from rayrec.data.training_events import TrainingEvents
 from rayrec.schema import ACTION_CODE, DATASET_VERSION, IMAGE_SCHEMA, ITEM_SCHEMA, SEQUENCE_SCHEMA
+from rayrec.settings import with_settings
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
 PER_COLOUR = 10

@@ -13,11 +13,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from rayrec.bundle import Bundle
-from rayrec.config import ServeConfig, with_settings
+from rayrec.config import ServeConfig
 from rayrec.serving.editing import editor
 from rayrec.serving.pictures import Pictures
 from rayrec.serving.scorer import load_scorer
 from rayrec.serving.web import create_app
+from rayrec.settings import with_settings
 from rayrec.state import open_state
 
 

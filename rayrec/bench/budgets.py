@@ -25,12 +25,13 @@ from torch import Tensor
 from rayrec.bench.judged import PARTS, Run, cell, comparison, gains, judged_row, trained
 from rayrec.bench.kept import Made, kept, kept_body
 from rayrec.catalogue import Catalogue
-from rayrec.config import Config, preset, with_settings
+from rayrec.config import Config, preset
 from rayrec.data.dataset import Dataset, Images
 from rayrec.errors import UsageError
 from rayrec.model.encoders import Fresh
 from rayrec.model.recommender import NextItems, Recommender, build
 from rayrec.progress import step
+from rayrec.settings import with_settings
 from rayrec.training.batches import NextItemCollate, minibatches
 from rayrec.training.loop import Learner
 from rayrec.training.windows import stage_rows

@@ -19,7 +19,7 @@ import pyarrow as pa
 from rayrec.bench.judged import PARTS, Run, cell, comparison, gains, judged_row, trained
 from rayrec.bench.kept import Made, kept
 from rayrec.catalogue import Catalogue
-from rayrec.config import SCRATCH, Config, preset, with_settings
+from rayrec.config import SCRATCH, Config, preset
 from rayrec.data.dataset import Dataset
 from rayrec.data.sample import Oracle
 from rayrec.data.withheld import withhold
@@ -28,6 +28,7 @@ from rayrec.evaluation.judge import cold_items
 from rayrec.evaluation.metrics import ndcg
 from rayrec.evaluation.oracle import oracle_figures
 from rayrec.progress import step
+from rayrec.settings import with_settings
 
 ITEM_SEED = 0
 Settings = dict[str, Any]

@@ -25,7 +25,7 @@ from rayrec.bench import damage
 from rayrec.bench.damage import Damage, Goods, free_events
 from rayrec.bundle import Bundle
 from rayrec.cluster import connect
-from rayrec.config import PrepareConfig, from_dict, preset, with_settings
+from rayrec.config import PrepareConfig, preset
 from rayrec.data.dataset import Dataset
 from rayrec.data.pipelines import prepare
 from rayrec.errors import UsageError
@@ -34,6 +34,7 @@ from rayrec.evaluation.replay import users_at_once
 from rayrec.history import Ints
 from rayrec.progress import step
 from rayrec.serving.scorer import load_scorer
+from rayrec.settings import from_dict, with_settings
 from rayrec.training.trainer import train
 
 CLEAN = "clean"

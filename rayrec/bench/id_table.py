@@ -18,12 +18,13 @@ import torch
 from rayrec.bench.dataset_made import make_items
 from rayrec.bench.made_shop import draw_items
 from rayrec.catalogue import Catalogue
-from rayrec.config import Config, TrainConfig, preset, with_settings
+from rayrec.config import Config, TrainConfig, preset
 from rayrec.history import encode_history
 from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.recommender import SAMPLED_NEGATIVES, NextItems, Recommender, build
 from rayrec.progress import step
 from rayrec.schema import ACTION_CODE
+from rayrec.settings import with_settings
 from rayrec.training.loop import Learner
 
 OPTIMIZERS: tuple[str, ...] = get_args(TrainConfig.model_fields["id_optimizer"].annotation)

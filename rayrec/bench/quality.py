@@ -28,7 +28,7 @@ from rayrec.bench.mixing import WEIGHTS, mixed, scale
 from rayrec.bench.peer_runs import PEERS, SPLITS, Settings, run_peer
 from rayrec.bench.quality_table import Row, Run, compare, draw, table
 from rayrec.bundle import Bundle
-from rayrec.config import preset, with_settings
+from rayrec.config import preset
 from rayrec.data.dataset import Dataset
 from rayrec.errors import UsageError
 from rayrec.evaluation.floors import Ranker
@@ -39,6 +39,7 @@ from rayrec.evaluation.replay import Question, ReplaySettings, Split, Visitors, 
 from rayrec.history import HistoryBatch, Ints
 from rayrec.progress import step
 from rayrec.serving.scorer import load_scorer
+from rayrec.settings import with_settings
 
 US = "rayrec"
 FLOORS = ("popular", "markov")

@@ -36,7 +36,8 @@ ENVIRONMENT = {**ALLOCATOR, "RAY_worker_niceness": "0"}
 _BEGIN = """
 import json, sys
 from pathlib import Path
-from rayrec.config import preset, with_settings
+from rayrec.config import preset
+from rayrec.settings import with_settings
 config = with_settings(preset("small"), [*sys.argv[3:], "train.valid_users=100"])
 """
 _RAY = f"""{_BEGIN}

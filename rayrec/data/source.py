@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from rayrec.cluster import cpus
-from rayrec.config import PrepareConfig, with_settings
+from rayrec.config import PrepareConfig
 from rayrec.data.catalogue_files import RawCatalogue, overlaid, read_catalogue
 from rayrec.data.clock import Clock, detect_clock
 from rayrec.data.events import Rules
@@ -43,6 +43,7 @@ from rayrec.data.staging import Folder
 from rayrec.errors import DataError, UsageError
 from rayrec.files import filesystem
 from rayrec.schema import REJECT_SCHEMA
+from rayrec.settings import with_settings
 
 PARTITION_BYTES = 48 * 1024 * 1024
 """Text of the events that one task cleans at a time; it needs about ten times as much memory."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from rayrec.bundle import Bundle, add_file, current_version, publish, versions
 from rayrec.cluster import connect
-from rayrec.config import Config, with_settings
+from rayrec.config import Config
 from rayrec.data.dataset import Dataset
 from rayrec.data.intake import CATALOGUE, Intake
 from rayrec.data.pipelines import add, forget
@@ -25,6 +25,7 @@ from rayrec.retrain.alone import alone
 from rayrec.retrain.comparison import Rule, compare
 from rayrec.retrain.exports import Exports
 from rayrec.serving.live import ACTIVE_MODEL
+from rayrec.settings import with_settings
 from rayrec.state import State, using
 from rayrec.training.lineage import LINEAGE, VERDICT, manifest_sha256
 from rayrec.training.runs import Runs, differences

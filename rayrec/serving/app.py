@@ -30,7 +30,7 @@ from ray.exceptions import RayError
 
 from rayrec import cluster
 from rayrec.bundle import Bundle, current_version
-from rayrec.config import ServeConfig, Settings, with_settings
+from rayrec.config import ServeConfig
 from rayrec.errors import RayrecError, ResourceError, UsageError
 from rayrec.progress import step
 from rayrec.serving import haproxy
@@ -40,6 +40,7 @@ from rayrec.serving.live import ACTIVE_MODEL, Loaded
 from rayrec.serving.request_log import log_lines
 from rayrec.serving.scaling import serve_policy
 from rayrec.serving.tls import Tls
+from rayrec.settings import Settings, with_settings
 from rayrec.state import absolute_url, open_state
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from rayrec.bundle import Bundle
-from rayrec.config import ImageConfig, from_dict
+from rayrec.config import ImageConfig
 from rayrec.data.edits import edited
 from rayrec.data.images import ImageRejected, decode
 from rayrec.data.items import AttributeEncoder
@@ -14,6 +14,7 @@ from rayrec.errors import RayrecError
 from rayrec.model.scorer import Scorer
 from rayrec.ranking.retrieval import Ints
 from rayrec.serving.live import Edit
+from rayrec.settings import from_dict
 from rayrec.state.protocol import ItemEdit
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrec.config import Config, with_settings
+from rayrec.config import Config
 from rayrec.errors import UsageError
+from rayrec.settings import with_settings
 
 SMALL_DIALS = (
     "train.lr=1e-3..1e-2",

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrec.config import Config, from_dict
+from rayrec.config import Config
 from rayrec.errors import ResourceError, UsageError
 from rayrec.files import filesystem
+from rayrec.settings import from_dict
 
 LEAST_ROOM_BYTES = 32 * 1024 * 1024
 """Checkpoints and bundle of a small model. With less it is kinder to say so at once than after an epoch."""

@@ -22,10 +22,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from rayrec.cluster import connect, cpus
-from rayrec.config import Config, with_settings
+from rayrec.config import Config
 from rayrec.data.dataset import Dataset
 from rayrec.errors import ResourceError, UsageError, writing
 from rayrec.progress import Task, step
+from rayrec.settings import with_settings
 from rayrec.training.checkpoints import check
 from rayrec.training.dials import Dial, turns
 from rayrec.training.fit import Fit, Job, score
