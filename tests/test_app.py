@@ -102,6 +102,15 @@ def proxy_folder(proxy: psutil.Process) -> Path:
     return next(parent for parent in Path(config).parents if parent.name.startswith("rayrec-"))
 
 
+def haproxy(port: int) -> psutil.Process:
+    """The one that listens there; for a moment there are two of them or none, when replicas come or go."""
+    deadline = time.monotonic() + 30
+    while len(found := {process.pid: process for process in haproxies(port)}) != 1:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return next(iter(found.values()))
+
+
 def haproxies(port: int) -> list[psutil.Process]:
     found = []
     for connection in psutil.net_connections("tcp"):
@@ -142,7 +151,7 @@ def test_two_replicas_answer_and_know_of_each_other(server: Server) -> None:
 
 @pytest.mark.ray
 def test_the_proxy_is_haproxy_on_loopback(server: Server) -> None:
-    (proxy,) = haproxies(server.port)
+    proxy = haproxy(server.port)
     assert proxy.name() == "haproxy"
     assert all(
         connection.laddr.ip == "127.0.0.1"
@@ -217,7 +226,7 @@ def is_our_replica(process: psutil.Process) -> bool:
 
 @pytest.mark.ray
 def test_sigterm_stops_it_and_leaves_nothing_behind(server: Server) -> None:
-    folder = proxy_folder(haproxies(server.port)[0])
+    folder = proxy_folder(haproxy(server.port))
     assert server.stop() == 0, server.log.read_text()
     assert haproxies(server.port) == []
     assert not any(is_our_replica(process) for process in psutil.process_iter(["cmdline"]))

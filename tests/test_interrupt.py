@@ -84,6 +84,7 @@ def test_prepare(own: Terminal, tiny_shop: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_train_leaves_no_bundle_and_can_be_resumed(own: Terminal, tiny_dataset: Path, tmp_path: Path) -> None:
     train = ("train", tiny_dataset, tmp_path / "bundles", *TINY_TRAIN, "--set", "train.epochs=10000")
     running = own.start(*train, "--set", "train.patience=10000")

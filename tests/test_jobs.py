@@ -101,7 +101,7 @@ def test_from_raw_folder_to_live_endpoint(head: Head, tiny_shop: Path, tmp_path:
     assert last_json(ran)["events"]["kept"] == 1500
     assert not re.search(r"Started a local Ray instance", ran.out), "it must join the cluster it was submitted to"
 
-    ran = head.submit("train", dataset, bundles, *TINY_TRAIN, "--workers", 2, "--json")
+    ran = head.submit("train", dataset, bundles, *TINY_TRAIN, "--json")
     assert ran.code == 0, ran.out
     assert last_json(ran)["version"] == (bundles / "CURRENT").read_text().strip()
 

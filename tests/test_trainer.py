@@ -27,7 +27,6 @@ from rayrec.training.windows import next_item_windows
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 SETTINGS = tinyshop.tiny("train.epochs=3", "train.patience=3", "train.refit_epochs=1")
-FIRST_STAGE = tinyshop.tiny("train.epochs=3", "train.patience=3", "train.fusion_epochs=0", "train.refit_epochs=0")
 
 
 @pytest.fixture(scope="module")
@@ -81,22 +80,60 @@ def told(folder: Path, stage: str) -> dict[tuple[int, int], list[dict[str, Any]]
     return found
 
 
-# ---------------------------------------------------------------- one worker
+# ---------------------------------------------------------------- one worker, interrupted
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bundles")
+def interrupted(
+    dataset: Dataset, patch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    """A training that died in its second epoch, before another failure of a worker in the third: what was resumed."""
+    bundles, first, second = (tmp_path_factory.mktemp(name) for name in ("bundles", "first", "second"))
+    once = ray.train.FailureConfig
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(trainer, "train_worker", witness(first, fail_at=(1,)))
+        monkeypatch.setattr(ray.train, "FailureConfig", lambda max_failures: once(max_failures=0))
+        with pytest.raises(ray.train.TrainingFailedError, match="the power went out"):
+            train(dataset.path, str(bundles), SETTINGS)
+    assert versions(bundles) == []
+    assert (bundles / ".runs" / "OPEN").exists()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(trainer, "train_worker", witness(second, fail_at=(2,)))
+        train(dataset.path, str(bundles), SETTINGS, resume=True)
+    return bundles, first, second
 
 
 @pytest.fixture(scope="module")
-def alone(dataset: Dataset, bundles: Path, patch: pytest.MonkeyPatch) -> Bundle:
-    return train(dataset.path, str(bundles), SETTINGS)
+def bundles(interrupted: tuple[Path, Path, Path]) -> Path:
+    return interrupted[0]
+
+
+@pytest.fixture(scope="module")
+def alone(bundles: Path) -> Bundle:
+    """What came of it."""
+    return Bundle.open(bundles)
+
+
+def test_a_resumed_training_repeats_no_epoch(interrupted: tuple[Path, Path, Path]) -> None:
+    bundles, first, second = interrupted
+    assert [epoch for epoch, _ in told(first, "retrieval")] == [0]
+    reports = told(second, "retrieval")
+    assert {epoch: len(found) for (epoch, _), found in reports.items()} == {1: 1, 2: 1}
+    assert (second / "failed-2").exists(), "a worker failed on the way"
+    history = Bundle.open(bundles).json("metrics.json")["training"]
+    assert [line["epoch"] for line in history if line["stage"] == "retrieval"] == [0, 1, 2]
+
+
+def test_a_resumed_training_goes_on_from_the_weights_it_had(interrupted: tuple[Path, Path, Path]) -> None:
+    bundles, _, _ = interrupted
+    loss = [line["loss"] for line in Bundle.open(bundles).json("metrics.json")["training"]][:3]
+    assert loss[0] > loss[1] > loss[2]
 
 
 def test_the_bundle_opens_verifies_and_is_live(alone: Bundle, bundles: Path, dataset: Dataset) -> None:
+    (version,) = versions(bundles)
     opened = Bundle.open(bundles)
-    assert opened.path == alone.path
+    assert opened.path == alone.path == bundles / version
     assert opened.config == SETTINGS
     assert opened.catalogue.ids.tolist() == dataset.catalogue().ids.tolist()
     assert opened.vectors_ND.shape == (tinyshop.N_ITEMS + 1, 16)
@@ -119,8 +156,8 @@ def test_every_epoch_is_in_the_bundle_and_in_tensorboard(alone: Bundle, bundles:
     ]
     assert (alone.path / "curves.png").read_bytes().startswith(b"\x89PNG")
     logs = list((bundles / "tensorboard").rglob("events.out.tfevents.*"))
-    assert len(logs) == 1
-    assert b"retrieval/loss" in logs[0].read_bytes()
+    assert len(logs) == 2, "of the training that died, and of the one that went on"
+    assert all(b"retrieval/loss" in log.read_bytes() for log in logs)
 
 
 def test_a_finished_run_leaves_no_checkpoints_and_nothing_to_resume(
@@ -177,45 +214,6 @@ def test_without_publishing_the_live_version_stays(together: tuple[Bundle, Path]
 def test_started_from_a_bundle_it_begins_where_that_ended(together: tuple[Bundle, Path], alone: Bundle) -> None:
     before, after = (bundle.json("metrics.json")["training"] for bundle in (alone, together[0]))
     assert after[0]["loss"] < before[0]["loss"] - 0.5
-
-
-# ---------------------------------------------------------------- interrupted
-
-
-@pytest.fixture(scope="module")
-def interrupted(
-    dataset: Dataset, patch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, Path]:
-    """A training that died in its second epoch, before another failure of a worker in the third: what was resumed."""
-    bundles, first, second = (tmp_path_factory.mktemp(name) for name in ("bundles", "first", "second"))
-    once = ray.train.FailureConfig
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(trainer, "train_worker", witness(first, fail_at=(1,)))
-        monkeypatch.setattr(ray.train, "FailureConfig", lambda max_failures: once(max_failures=0))
-        with pytest.raises(ray.train.TrainingFailedError, match="the power went out"):
-            train(dataset.path, str(bundles), FIRST_STAGE)
-    assert versions(bundles) == []
-    assert (bundles / ".runs" / "OPEN").exists()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(trainer, "train_worker", witness(second, fail_at=(2,)))
-        train(dataset.path, str(bundles), FIRST_STAGE, resume=True)
-    return bundles, first, second
-
-
-def test_a_resumed_training_repeats_no_epoch(interrupted: tuple[Path, Path, Path]) -> None:
-    bundles, first, second = interrupted
-    assert [epoch for epoch, _ in told(first, "retrieval")] == [0]
-    reports = told(second, "retrieval")
-    assert {epoch: len(found) for (epoch, _), found in reports.items()} == {1: 1, 2: 1}
-    assert (second / "failed-2").exists(), "a worker failed on the way"
-    history = Bundle.open(bundles).json("metrics.json")["training"]
-    assert [line["epoch"] for line in history if line["stage"] == "retrieval"] == [0, 1, 2]
-
-
-def test_a_resumed_training_goes_on_from_the_weights_it_had(interrupted: tuple[Path, Path, Path]) -> None:
-    bundles, _, _ = interrupted
-    loss = [line["loss"] for line in Bundle.open(bundles).json("metrics.json")["training"]][:3]
-    assert loss[0] > loss[1] > loss[2]
 
 
 # ---------------------------------------------------------------- what cannot be
