@@ -23,6 +23,7 @@ from rayrec.bench.recall import main as print_recall
 from rayrec.bench.server_runs import KINDS, TRIVIAL, _alone, free_port, started
 from rayrec.bench.serving import EVENTS, LISTS, Made, Shop, Sizes, plans, requests, run, visitors
 from rayrec.bench.serving_table import TARGETS, Target, ramp_row, ramp_table, summary, table, target_row
+from rayrec.config import ServeConfig
 from rayrec.errors import UsageError
 
 SMALL = partial(Shop, items=300, users=30, events=10)
@@ -31,17 +32,17 @@ SIZES = Sizes(items=(400,), history=(), users=())
 
 def test_runs_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "Shop", SMALL)
-    only = [TRIVIAL, "uvicorn", "items", "layers"]
+    only = ["uvicorn", "items", "layers"]
     given: dict[str, Any] = {"rounds": 1, "seconds": 0.4, "clients": [1, 3], "sizes": SIZES, "only": only}
     result = run(tmp_path, **given)
     assert result["trouble"] == {}
-    assert [row["name"] for row in result["servers"]] == [TRIVIAL, "uvicorn"]
+    assert [row["name"] for row in result["servers"]] == ["uvicorn"]
     for row in result["servers"] + result["growth"]:
         for point in row["points"]:
             assert (point["failed"], point["rate"] > 0, point["p50"] <= point["p99"]) == (0, True, True)
         assert row["mib"] > 5
     (grown,) = result["growth"]
-    assert (grown["name"], grown["recall"]) == ("400", {"at": 200, "recall": 1.0})
+    assert (grown["name"], grown["recall"]) == ("400", {"at": ServeConfig().per_source, "recall": 1.0})
     stages = [row["layer"] for row in result["layers"]]
     assert {"rank: retrieve", "rank: score", "JSON in, validated", "HTTP: uvicorn, sockets, client"} <= set(stages)
     assert "Ray Serve and HAProxy" not in stages, "it was not measured"
@@ -114,7 +115,7 @@ def test_a_copy_of_the_state_is_served(tmp_path: Path) -> None:
 
 def test_recall_of_an_exact_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_recall(Made(tmp_path).bundle(400))
-    assert json.loads(capsys.readouterr().out) == {"at": 200, "recall": 1.0}
+    assert json.loads(capsys.readouterr().out) == {"at": ServeConfig().per_source, "recall": 1.0}
 
 
 def test_shares_are_of_our_functions_alone() -> None:
