@@ -91,24 +91,14 @@ def test_a_relative_path_is_refused_with_the_reason(head: Head) -> None:
     assert "Traceback" not in ran.out
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_from_raw_folder_to_live_endpoint(head: Head, tiny_shop: Path, tmp_path: Path) -> None:
-    dataset, bundles = tmp_path / "dataset", tmp_path / "bundles"
-
-    ran = head.submit("prepare", tiny_shop, dataset, *TINY_PREPARE, "--json")
+def prepared(head: Head, raw: Path, dataset: Path) -> None:
+    ran = head.submit("prepare", raw, dataset, *TINY_PREPARE, "--json")
     assert ran.code == 0, ran.out
     assert last_json(ran)["events"]["kept"] == 1500
     assert not re.search(r"Started a local Ray instance", ran.out), "it must join the cluster it was submitted to"
 
-    ran = head.submit("train", dataset, bundles, *TINY_TRAIN, "--json")
-    assert ran.code == 0, ran.out
-    assert last_json(ran)["version"] == (bundles / "CURRENT").read_text().strip()
 
-    ran = head.submit("evaluate", bundles, dataset, "--json")
-    assert ran.code == 0, ran.out
-    assert last_json(ran)["items"] == 24
-
+def served_and_stopped(head: Head, bundles: Path) -> None:
     (port,) = free_ports(1)
     served = f"serve-{uuid.uuid4().hex[:8]}"
     ran = head.submit("serve", bundles, "--port", port, "--set", "replica_cpus=0.5", wait=False, name=served)
@@ -125,6 +115,32 @@ def test_from_raw_folder_to_live_endpoint(head: Head, tiny_shop: Path, tmp_path:
         time.sleep(0.5)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{url}/healthz", timeout=2)
+
+
+@pytest.mark.ray
+def test_what_runs_in_tasks_and_in_replicas_as_jobs(
+    head: Head, tiny_shop: Path, tiny_bundles: Path, tmp_path: Path
+) -> None:
+    prepared(head, tiny_shop, tmp_path / "dataset")
+    served_and_stopped(head, tiny_bundles)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_from_raw_folder_to_live_endpoint(head: Head, tiny_shop: Path, tmp_path: Path) -> None:
+    dataset, bundles = tmp_path / "dataset", tmp_path / "bundles"
+    prepared(head, tiny_shop, dataset)
+
+    ran = head.submit("train", dataset, bundles, *TINY_TRAIN, "--workers", 2, "--json")
+    assert ran.code == 0, ran.out
+    assert last_json(ran)["version"] == (bundles / "CURRENT").read_text().strip()
+
+    ran = head.submit("evaluate", bundles, dataset, "--json")
+    assert ran.code == 0, ran.out
+    assert last_json(ran)["items"] == 24
+
+    served_and_stopped(head, bundles)
 
 
 def wait_for(url: str, head: Head, job: str) -> None:
