@@ -44,7 +44,7 @@ class Rates:
     train_events_s: float = 12.3e3  # a core, first stage of preset small; `rayrec train` on MovieLens-1M
     dataset_bytes: float = 27.0  # an event, on Taobao UserBehavior; 4 on MovieLens-1M
     state_bytes: float = 152.0  # an event in SQLite; `rayrec bench serve --only users`
-    list_s: float = 4.7e-3  # CPU seconds of a list at 32 clients; `rayrec bench serve`
+    list_s: float = 2.2e-3  # CPU seconds of a list at 32 clients, events beside it; `rayrec bench serve`
     list_growth: float = 1.9  # times that at a million items; `rayrec bench serve --only items`
     replica_bytes: float = 5.8e3  # an item in a replica; the same
     busy: float = 0.6  # share of its cores that a service should use at its peak
