@@ -84,6 +84,11 @@ class Bundle:
         return cls(folder, manifest, uri)
 
     @property
+    def location(self) -> str:
+        """Where any node of a cluster finds it: its URI, or the path of a folder that all nodes share."""
+        return self.uri or str(self.path)
+
+    @property
     def version(self) -> str:
         """The name of this version, as in `BUNDLES/<version>/`."""
         return str(self.manifest["version"])

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrec.errors import ResourceError, UsageError
 from rayrec.interrupts import unbroken
@@ -87,6 +88,11 @@ def disconnect() -> None:
 def cpus() -> int:
     """CPUs of the connected cluster, at least 1."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Keeps an actor beside this process, which needs it as long as it runs: on any other node it is lost with that."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def submitted() -> bool:

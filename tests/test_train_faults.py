@@ -226,8 +226,11 @@ import ray.util.state
 threading.Thread(target=kill, daemon=True).start()
 started = time.monotonic()
 bundle = trainer.train(sys.argv[1], sys.argv[2], config)
+took = time.monotonic() - started
+ray.shutdown()  # before the cluster: a process whose node is taken away from under it ends with 1
+cluster.shutdown()
 import json
-print(json.dumps({"s": time.monotonic() - started, **bundle.json("metrics.json")}))
+print(json.dumps({"s": took, **bundle.json("metrics.json")}))
 """
 
 

@@ -214,4 +214,4 @@ def _pixels(bundle: Bundle, dataset: Dataset, wanted: Mapping[int, str]) -> dict
 
 def _place(bundle: Bundle) -> str:
     """Where any node finds it."""
-    return bundle.uri or str(bundle.path)
+    return bundle.location

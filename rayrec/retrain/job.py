@@ -169,7 +169,7 @@ def _offspring(bundles: str, parent: str) -> Iterator[tuple[str, dict[str, Any],
 
 def _trained(places: Places, current: Bundle, config: Config, wait_s: float) -> Bundle:
     """A candidate, which goes on with a training of the same that was ended."""
-    start = current.uri or str(current.path)
+    start = current.location
     resume = _can_resume(places, current, config)
     if resume:
         step("train: goes on where the run before was ended")

@@ -40,7 +40,7 @@ def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None
     batch = users_at_once(n_items)
     with timed(f"evaluate: {split} split, full ranking over {n_items} items"):
         result = evaluate(
-            scorer_maker(str(bundle.path)), dataset, split, max_len=bundle.config.model.max_len, batch=batch
+            scorer_maker(bundle.location), dataset, split, max_len=bundle.config.model.max_len, batch=batch
         )
     _keep(bundle, split, result, {"dataset": dataset.manifest.get("counts", {}), "bundle": _facts(bundle)}, report)
     return result

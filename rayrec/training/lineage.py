@@ -46,7 +46,7 @@ def parent_record(parent: Bundle) -> dict[str, Any]:
     """How a bundle is named in those that started from it."""
     return {
         "version": parent.version,
-        "path": parent.uri or str(parent.path),
+        "path": parent.location,
         "created": parent.manifest.get("created"),
     }
 

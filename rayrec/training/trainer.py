@@ -24,7 +24,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from rayrec.bundle import Bundle
-from rayrec.cluster import connect
+from rayrec.cluster import connect, on_this_node
 from rayrec.config import SCRATCH, Config
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError, RayrecError, ResourceError, UsageError, writing
@@ -113,7 +113,7 @@ def train(
     )  # fmt: skip
     os.environ.setdefault(*POLL)
     elastic = config.train.min_workers
-    board = Board.remote()  # type: ignore[attr-defined]
+    board = Board.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     asked = Asked(board)
     trainer = Trainer(
         train_worker,
