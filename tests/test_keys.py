@@ -192,6 +192,19 @@ def test_deeds_are_noted_without_ids(client: Client, audit_file: Path, caplog: p
     assert len(caplog.records) == 3
 
 
+def test_what_changes_the_shop_is_noted(client: Client, audit_file: Path) -> None:
+    client.request("PUT", "/v1/items/red-0", json={"price": 3.0}, **bearer(ADMIN))
+    client.request("DELETE", "/v1/items/red-0", **bearer(ADMIN))
+    client.post("/v1/models/v2:activate", **bearer(ADMIN))
+    lines = [json.loads(line) for line in audit_file.read_text().splitlines()]
+    assert [(line["did"], line["about"]) for line in lines] == [
+        ("put item", "red-0"),
+        ("delete item", "red-0"),
+        ("activate", "v2"),
+    ]
+    assert all(line["who"].startswith("admin-") for line in lines)
+
+
 def test_pages_of_named_origins_may_call(client: Client) -> None:
     asked = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
     answer = client.request("OPTIONS", RECOMMEND, headers=asked)

@@ -516,6 +516,23 @@ def test_lists_whose_scores_were_known_are_counted(client: Client) -> None:
     assert "rayrec_lists_remembered_total 2.0" in client.get("/metrics").text
 
 
+def test_every_request_is_counted_by_route_and_status_and_no_label_holds_an_id(client: Client) -> None:
+    ask(client)
+    client.post("/v1/recommend", {"k": 0})
+    client.get("/v1/items/nobody-sells-this")
+    client.get("/no/such/place")
+    text = client.get("/metrics").text
+    for route, status in (
+        ("/v1/recommend", 200),
+        ("/v1/recommend", 422),
+        ("/v1/items/{item_id}", 404),
+        ("none", 404),
+    ):
+        assert f'rayrec_requests_total{{route="{route}",status="{status}"}} 1.0' in text, text
+    assert 'rayrec_request_seconds_count{route="/v1/recommend"} 2.0' in text
+    assert "nobody-sells" not in text and "such" not in text
+
+
 def test_the_cart_is_worth_something(client: Client) -> None:
     ask(client, scene="cart", context={"cart": ["red-0", "red-3"]})
     assert "rayrec_basket_value_sum 5.0" in client.get("/metrics").text

@@ -28,7 +28,8 @@ from rayrec.ranking.requests import Request
 from rayrec.ranking.retrieval import Floats, Ints
 from rayrec.serving import wire
 from rayrec.serving.scorer import load_scorer
-from rayrec.serving.web import Service, create_app
+from rayrec.serving.service import Service
+from rayrec.serving.web import create_app
 from rayrec.state import open_state
 
 WARM_SHARE = 0.2

@@ -21,6 +21,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._requests = Counter("rayrec_requests", "Requests answered", ["route", "status"], registry=self.registry)
+        self._request_s = Histogram(
+            "rayrec_request_seconds",
+            "Time from a request to the end of its answer, in the replica",
+            ["route"],
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
         self._answers = Counter("rayrec_answers", "Lists answered", ["served_by"], registry=self.registry)
         self._without = Counter(
             "rayrec_answers_without", "Lists answered without what failed", ["what"], registry=self.registry
@@ -56,6 +64,11 @@ class Metrics:
         """Say which model is live."""
         self._model.clear()
         self._model.labels(version).set(1)
+
+    def requested(self, route: str | None, status: int, took_s: float) -> None:
+        """Count one request. route: its template, which holds no id; None: there is none. status: 0: the client left."""
+        self._requests.labels(route or "none", str(status) if status else "gone").inc()
+        self._request_s.labels(route or "none").observe(took_s)
 
     def answered(self, answer: Answer, scene: str) -> None:
         """Count one list."""

@@ -19,7 +19,7 @@ from rayrec.schema import ACTIONS, SESSION_PREFIX
 from rayrec.serving import wire
 from rayrec.serving.editing import editor
 from rayrec.serving.scorer import load_scorer
-from rayrec.serving.web import Service
+from rayrec.serving.service import Service
 from rayrec.state import open_state
 
 

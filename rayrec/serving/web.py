@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import time
-import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from importlib.resources import files
@@ -22,219 +19,21 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.convertors import StringConvertor, register_url_convertor
 
 from rayrec import __version__
-from rayrec.config import ImageConfig, ServeConfig
-from rayrec.data.edits import LISTED
-from rayrec.data.images import ImageRejected, as_jpeg
+from rayrec.config import ServeConfig
 from rayrec.errors import BundleError, StateError, UsageError
-from rayrec.ranking import requests
 from rayrec.ranking.scoring import Scorer
-from rayrec.schema import visitor_id
 from rayrec.serving import problems, wire
 from rayrec.serving.audit import Audit
-from rayrec.serving.batching import Batcher, OverCapacityError
+from rayrec.serving.batching import OverCapacityError
 from rayrec.serving.guard import CALLER, Guard
-from rayrec.serving.keys import LOCAL, TOKEN_S, Caller, Keys, new_session
-from rayrec.serving.live import Cards, Edit, ImageOf, Live, Load, Loaded, Model
-from rayrec.serving.metrics import MEDIA_TYPE, Metrics
+from rayrec.serving.keys import TOKEN_S, Keys, new_session
+from rayrec.serving.live import Edit, ImageOf, Load
+from rayrec.serving.metrics import MEDIA_TYPE
 from rayrec.serving.pictures import fetched
 from rayrec.serving.problems import ProblemError
 from rayrec.serving.request_log import NOTES, RequestLog
-from rayrec.state.protocol import Event, Outcome, Shown, State
-
-log = logging.getLogger(__name__)
-
-BEAT_EVERY_S = 1.0
-FOLLOW_EVERY_S = 0.25  # what a shop says of an item is to be live within a second
-PICTURE_SIDE = 512  # pixels of a picture that is put, at most
-ALIVE_MS = 3500  # a replica that was silent for longer is gone
-
-
-class Service:
-    """One replica: a model, the shared state, and the two batchers between them and the event loop."""
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        state: State,
-        config: ServeConfig,
-        *,
-        model: str,
-        image_of: ImageOf | None,
-        replica_id: str | None,
-        load: Load | None = None,
-        edit: Edit | None = None,
-    ) -> None:
-        self.state, self.config = state, config
-        self.replica_id = replica_id or uuid.uuid4().hex[:8]
-        self.live = Live(Model(model, Loaded(scorer, image_of, edit), config), config, state, load)
-        self.metrics = Metrics()
-        self.started = time.monotonic()
-        waiting = config.max_queued_requests
-        self.lists: Batcher[requests.Request, tuple[requests.Answer, Cards]] = Batcher(
-            "rank", self._rank, size=config.batch_size, max_waiting=waiting
-        )
-        self.events: Batcher[Sequence[Event], list[Outcome]] = Batcher(
-            "events", self._append, size=config.batch_size, max_waiting=waiting
-        )
-
-    def _rank(self, batch: list[requests.Request]) -> list[tuple[requests.Answer, Cards]]:
-        """Answers, each with the cards of the model that gave it."""
-        models = [self.live.of(request.visitor) for request in batch]
-        answers: dict[int, tuple[requests.Answer, Cards]] = {}
-        for model in dict.fromkeys(models):
-            rows = [row for row, one in enumerate(models) if one is model]
-            together = model.ranker.recommend([batch[row] for row in rows], self.state)
-            answers.update({row: (answer, model.cards) for row, answer in zip(rows, together, strict=True)})
-        return [answers[row] for row in range(len(batch))]
-
-    def _append(self, batch: list[Sequence[Event]]) -> list[list[Outcome]]:
-        """Several clients' events in one transaction."""
-        outcomes = iter(self.state.append_events([event for events in batch for event in events]))
-        return [[next(outcomes) for _ in events] for events in batch]
-
-    async def store(self, sent: wire.EventsRequest, caller: Caller = LOCAL) -> wire.EventsAnswer:
-        """Store what can be stored; answer once it is durable. A visitor's events are their own session's."""
-        now_ms, rejected = _now_ms(), []
-        events: list[Event] = []
-        place: list[int] = []
-        for index, one in enumerate(sent.events):
-            try:
-                event = wire.event_of(one, now_ms, self.config.clock_skew_s)
-                if caller.session is not None and event.visitor != visitor_id(None, caller.session):
-                    raise ValueError("a visitor's token is for their own session")
-                events.append(event)
-                place.append(index)
-            except ValueError as error:
-                rejected.append(wire.Rejected(index=index, reason=str(error)))
-        outcomes = await self.events.submit(events) if events else []
-        rejected += [
-            wire.Rejected(index=index, reason="this visitor was erased after the event happened")
-            for index, outcome in zip(place, outcomes, strict=True)
-            if outcome == "erased"
-        ]
-        known = self.live.model.catalogue.index
-        answer = wire.EventsAnswer(
-            accepted=outcomes.count("accepted"),
-            duplicate=outcomes.count("duplicate"),
-            unknown_item=sum(
-                outcome == "accepted" and event.item_id not in known
-                for event, outcome in zip(events, outcomes, strict=True)
-            ),
-            rejected=sorted(rejected, key=lambda one: one.index),
-        )
-        new = [event for event, outcome in zip(events, outcomes, strict=True) if outcome == "accepted"]
-        self.metrics.stored(answer, [max(0, now_ms - event.time_ms) / 1000 for event in new])
-        return answer
-
-    async def recommend(self, sent: wire.RecommendRequest, caller: Caller = LOCAL) -> dict[str, Any]:
-        """The body of an answer, as `wire.RecommendAnswer`."""
-        if caller.session is not None and (sent.user_id is not None or sent.session_id not in (None, caller.session)):
-            raise ProblemError(403, "a visitor's token is for their own session")
-        try:
-            request = wire.request_of(sent, _now_ms(), self.config.clock_skew_s)
-        except ValueError as error:
-            raise ProblemError(422, f"/events: {error}") from None
-        self.live.of(request.visitor).ranker.check(request)
-        answer, cards = await self._in_time(request)
-        self.metrics.answered(answer, request.scene)
-        return {
-            "request_id": answer.request_id,
-            "model": answer.model,
-            "served_by": answer.served_by,
-            "items": [_described(item, cards) for item in answer.items],
-            "removed": answer.removed,
-            "timing_ms": {stage: round(ms, 3) for stage, ms in answer.timing_ms.items()},
-        }
-
-    async def _in_time(self, request: requests.Request) -> tuple[requests.Answer, Cards]:
-        """The answer, or what is popular where it is late; a late one that is under way is logged all the same."""
-        ranking = asyncio.ensure_future(self.lists.submit(request))
-        done, _ = await asyncio.wait([ranking], timeout=self.config.deadline_s)
-        if done:
-            return ranking.result()
-        ranking.cancel()
-        model = self.live.of(request.visitor)
-        return model.ranker.popular(request), model.cards
-
-    def lists_item(self, item_id: str) -> bool:
-        """Whether there is such an item, and it may be shown."""
-        catalogue = self.live.model.catalogue
-        row = catalogue.index.get(item_id)
-        return row is not None and bool(catalogue.listed[row])
-
-    async def put_item(
-        self, item_id: str, facts: dict[str, Any], picture: bytes | None, *, listed: bool = True
-    ) -> wire.ItemAnswer:
-        """Tell all replicas what a shop says of an item. Raises ProblemError for a picture that is none."""
-        if not self.live.model.takes_edits:
-            raise ProblemError(409, "this server was given a model alone, and its items cannot be changed")
-        if picture is not None:
-            try:
-                picture = await asyncio.to_thread(as_jpeg, picture, PICTURE_SIDE, ImageConfig().max_pixels)
-            except ImageRejected as rejected:
-                raise ProblemError(422, f"the picture cannot be used: {rejected.reason}") from None
-        known = self.lists_item(item_id)
-        await asyncio.to_thread(self.state.put_item, item_id, {**facts, LISTED: listed}, picture)
-        return wire.ItemAnswer(item_id=item_id, known=known, changed=facts, image=picture is not None)
-
-    async def picture(self, item_id: str) -> tuple[bytes, str] | None:
-        """Bytes and media type of an item's picture, None if there is none."""
-        model = self.live.model
-        if not self.lists_item(item_id):
-            return None
-        if item_id in model.picture_seq:
-            data = await asyncio.to_thread(self.state.item_picture, item_id)
-            return None if data is None else (data, "image/jpeg")
-        return await asyncio.to_thread(model.image_of, model.catalogue.index[item_id]) if model.image_of else None
-
-    async def status(self) -> wire.Status:
-        """How the service is; replicas are those that reported themselves lately."""
-        replicas = await asyncio.to_thread(self.state.replicas, ALIVE_MS)
-        counts = await asyncio.to_thread(self.state.counts)
-        return wire.Status(
-            model=self.live.model.version,
-            version=__version__,
-            replica=self.replica_id,
-            replicas=max(1, len(replicas)),
-            catalogue=len(self.live.model.catalogue),
-            scenes=sorted(self.config.scenes),
-            uptime_s=round(time.monotonic() - self.started, 3),
-            counters=counts,
-        )
-
-    async def beat(self) -> None:
-        """Report this replica for as long as it lives, and follow what the others are told."""
-        while True:
-            try:
-                await self.live.follow()
-                await self.live.follow_trends()
-                await asyncio.to_thread(self.state.beat, self.replica_id, self.live.model.version)
-            except StateError as error:
-                log.warning("cannot report this replica: %s", error)
-            except Exception:  # a replica that stops following serves an old model for ever, and nobody sees it
-                log.exception("cannot follow or report; trying again")
-            await asyncio.sleep(BEAT_EVERY_S)
-
-    async def follow_items(self) -> None:
-        """Keep the catalogue up to date for as long as this replica lives."""
-        while True:
-            try:
-                await self.live.follow_items()
-            except StateError as error:
-                log.warning("cannot follow the catalogue: %s", error)
-            except Exception:  # as in `beat`
-                log.exception("cannot follow the catalogue; trying again")
-            await asyncio.sleep(FOLLOW_EVERY_S)
-
-    async def close(self) -> None:
-        """Finish what is at work and say goodbye."""
-        self.lists.close()
-        self.events.close()
-        try:
-            await asyncio.to_thread(self.state.leave, self.replica_id)
-        except StateError as error:
-            log.warning("cannot sign this replica off: %s", error)
-        self.state.close()
+from rayrec.serving.service import Service
+from rayrec.state.protocol import Event, Shown, State
 
 
 def create_app(
@@ -282,6 +81,24 @@ def create_app(
         responses=problems.responses(401, 403, 413, 422, 429, 503),
     )
     problems.install(app)
+    _add_middleware(app, service, keys, answers_id)
+
+    @app.exception_handler(OverCapacityError)
+    async def _full(request: object, error: OverCapacityError) -> Response:
+        return problems.problem(429, "over capacity; try again", headers={"Retry-After": "1"})
+
+    register_url_convertor("id", _IdConvertor())
+    audit = Audit(config.audit_file, keys.secret if keys else None)
+    _add_list_routes(app, service)
+    _add_item_routes(app, service, audit)
+    _add_people_routes(app, service, audit, keys)
+    _add_service_routes(app, service, audit)
+    return app
+
+
+def _add_middleware(app: FastAPI, service: Service, keys: Keys | None, answers_id: bool) -> None:
+    """From the innermost to the outermost."""
+    config = service.config
     app.add_middleware(
         Guard,
         max_body_bytes=config.max_body_bytes,
@@ -304,21 +121,12 @@ def create_app(
         visitors=config.log_visitors,
         replica=service.replica_id,
         model=lambda: service.live.model.version,
+        count=service.metrics.requested,
         answers_id=answers_id,
     )
 
-    @app.exception_handler(OverCapacityError)
-    async def _full(request: object, error: OverCapacityError) -> Response:
-        return problems.problem(429, "over capacity; try again", headers={"Retry-After": "1"})
 
-    register_url_convertor("id", _IdConvertor())
-    _add_main_routes(app, service)
-    _add_people_routes(app, service, keys)
-    _add_service_routes(app, service)
-    return app
-
-
-def _add_main_routes(app: FastAPI, service: Service) -> None:
+def _add_list_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/events", response_model=wire.EventsAnswer)
     async def events(body: wire.EventsRequest, request: Request) -> Response:
         """Store 1 to 1,000 events; answered once they are durable."""
@@ -332,6 +140,8 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
         request.scope[NOTES].update(_noted(body, answer, service.config.log_visitors))
         return Response(json.dumps(answer, ensure_ascii=False, allow_nan=False), media_type="application/json")
 
+
+def _add_item_routes(app: FastAPI, service: Service, audit: Audit) -> None:
     picture = {200: {"content": {"image/*": {}}}, **problems.responses(404)}
 
     @app.get("/v1/items/{item_id:id}/image", response_class=Response, responses=picture)
@@ -354,27 +164,28 @@ def _add_main_routes(app: FastAPI, service: Service) -> None:
     @app.put("/v1/items/{item_id:id}/image", openapi_extra=PICTURE_BODY, responses=problems.responses(409))
     async def put_image(item_id: ItemPath, request: Request) -> wire.ItemAnswer:
         """Give an item a picture: its bytes are the body."""
+        await asyncio.to_thread(audit.of_shop, request.scope[CALLER], "put picture", item_id)
         return await service.put_item(item_id, {}, await request.body())
 
     @app.put("/v1/items/{item_id:id}", responses=problems.responses(409))
-    async def put_item(item_id: ItemPath, body: wire.ItemRequest) -> wire.ItemAnswer:
+    async def put_item(item_id: ItemPath, body: wire.ItemRequest, request: Request) -> wire.ItemAnswer:
         """Say something of an item, new or known, that all replicas go by within a second: price, stock, picture."""
+        await asyncio.to_thread(audit.of_shop, request.scope[CALLER], "put item", item_id)
         data = await asyncio.to_thread(fetched, body.image, service.config.image_prefixes) if body.image else None
         return await service.put_item(item_id, body.facts(), data)
 
     @app.delete("/v1/items/{item_id:id}", responses=problems.responses(404, 409))
-    async def delete_item(item_id: ItemPath) -> wire.ItemAnswer:
+    async def delete_item(item_id: ItemPath, request: Request) -> wire.ItemAnswer:
         """Never show an item again, until it is put again; what visitors did with it stays."""
         if not service.lists_item(item_id):
             raise ProblemError(404, f"there is no item '{item_id}'")
+        await asyncio.to_thread(audit.of_shop, request.scope[CALLER], "delete item", item_id)
         return await service.put_item(item_id, {}, None, listed=False)
 
 
-def _add_people_routes(app: FastAPI, service: Service, keys: Keys | None) -> None:
-    audit = Audit(service.config.audit_file, keys.secret if keys else None)
-
+def _add_people_routes(app: FastAPI, service: Service, audit: Audit, keys: Keys | None) -> None:
     async def note(request: Request, deed: str, about: str) -> None:
-        await asyncio.to_thread(audit, request.scope[CALLER], deed, about)
+        await asyncio.to_thread(audit.of_visitor, request.scope[CALLER], deed, about)
 
     @app.post("/v1/visitors")
     async def visitor(body: wire.VisitorRequest) -> wire.VisitorAnswer:
@@ -418,7 +229,7 @@ def _add_people_routes(app: FastAPI, service: Service, keys: Keys | None) -> Non
         return wire.JoinAnswer(user_id=user_id, session_id=body.session_id, moved=moved)
 
 
-def _add_service_routes(app: FastAPI, service: Service) -> None:
+def _add_service_routes(app: FastAPI, service: Service, audit: Audit) -> None:
     page = files("rayrec.serving").joinpath("pages", "storefront.html").read_text(encoding="utf-8")
 
     @app.get("/v1/status")
@@ -427,8 +238,9 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
         return await service.status()
 
     @app.post("/v1/models/{version}:activate", responses=problems.responses(404, 409))
-    async def activate(version: wire.Version) -> wire.ActivateAnswer:
+    async def activate(version: wire.Version, request: Request) -> wire.ActivateAnswer:
         """Serve another version, in all replicas, without losing a request; a broken one is refused."""
+        await asyncio.to_thread(audit.of_shop, request.scope[CALLER], "activate", version)
         try:
             before = await service.live.activate(version)
         except UsageError as error:
@@ -483,21 +295,6 @@ def _noted(sent: wire.RecommendRequest, answer: dict[str, Any], with_visitor: bo
     return told
 
 
-def _described(item: requests.Ranked, cards: Cards) -> dict[str, Any]:
-    """`wire.RankedOut`; by hand, since `asdict` copies whatever is in it."""
-    return {
-        **cards.of(item.item_id),
-        "score": item.score,
-        "propensity": item.propensity,
-        "sources": item.sources,
-        "reasons": item.reasons,
-    }
-
-
 def _plain(row: Event | Shown) -> dict[str, Any]:
     """A stored row as JSON values, without what is empty and without whose it is."""
     return {name: value for name, value in asdict(row).items() if value is not None and name != "visitor"}
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
