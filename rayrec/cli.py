@@ -424,14 +424,16 @@ def experiment_start(
     version: Annotated[str, typer.Argument(help="A version beside the live one.")],
     state: StateUrl,
     share: Annotated[float, typer.Option(help="Of the visitors, who are served by VERSION.")] = 0.1,
+    wait: Annotated[float, typer.Option(help="Seconds that a replica may take to load VERSION.")] = 120.0,
 ) -> None:
     """Serve a share of the visitors by another version, in all replicas within seconds."""
-    from rayrec.evaluation.experiment import start
+    from rayrec.evaluation.experiment import start, taken_up
     from rayrec.state import using
 
     with using(state) as opened:
-        start(opened, name, version, share)
-    step(f"experiment '{name}': {share:.0%} of the visitors get {version}")
+        runs = taken_up(opened, start(opened, name, version, share), wait)
+    begins = "" if runs else "; no replica is up, so it begins when one is"
+    step(f"experiment '{name}': {share:.0%} of the visitors get {version}{begins}")
 
 
 @experiment_app.command("stop")

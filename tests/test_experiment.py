@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from test_live import Live, live_of
 
-from rayrec.errors import UsageError
+from rayrec.errors import BundleError, ResourceError, UsageError
 from rayrec.evaluation.experiment import (
     Experiment,
     Seen,
+    answer,
+    answered,
     anytime_reach,
     compared,
     hits,
@@ -23,6 +25,7 @@ from rayrec.evaluation.experiment import (
     stop,
     summary,
     table,
+    taken_up,
 )
 from rayrec.state import State, open_state
 from rayrec.state.protocol import Event, Shown
@@ -183,3 +186,35 @@ def test_a_broken_treatment_is_refused_and_everybody_is_served(state: State) -> 
     for _ in range(2):
         asyncio.run(live.follow())
     assert {live.of(f"u{n}").version for n in range(50)} == {"v1"}
+
+
+def test_who_starts_one_hears_whether_it_runs(state: State) -> None:
+    live = live_of(state)
+    experiment = start(state, "a", "v2", 0.5)
+    assert not taken_up(state, experiment, within_s=5), "no replica is up"
+    state.beat("r1", "v1")
+    with pytest.raises(ResourceError, match="no replica has taken up"):
+        taken_up(state, experiment, within_s=0)
+    asyncio.run(live.follow())
+    assert taken_up(state, experiment, within_s=0)
+
+
+def test_one_that_is_refused_is_stopped_with_the_reason_even_under_a_name_used_before(state: State) -> None:
+    live = live_of(state)
+    state.beat("r1", "v1")
+    for _ in range(2):
+        experiment = start(state, "a", "damaged", 0.5)
+        asyncio.run(live.follow())
+        with pytest.raises(BundleError, match="damaged"):
+            taken_up(state, experiment, within_s=0)
+        assert running(state) is None
+    experiment = start(state, "a", "v2", 0.5)
+    asyncio.run(live.follow())
+    assert taken_up(state, experiment, within_s=0)
+
+
+def test_a_refusal_stands_whatever_other_replicas_say(state: State) -> None:
+    experiment = start(state, "a", "v2", 0.5)
+    answer(state, experiment, "no memory")
+    answer(state, experiment)
+    assert answered(state, experiment) == "no memory"

@@ -19,11 +19,16 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import chi2
 
-from rayrec.errors import UsageError
-from rayrec.state.protocol import Event, Shown, State, UserRecord
+from rayrec.errors import BundleError, ResourceError, UsageError
+from rayrec.state.protocol import REPLICA_ALIVE_MS, Event, Shown, State, UserRecord
 
 SETTING: Final = "experiment"
 """The setting that names the experiment which replicas run."""
+
+ANSWER: Final = "experiment_answer"
+"""The setting in which replicas say what came of it."""
+
+LOOK_EVERY_S: Final = 0.25
 
 OUTCOMES: Final = {"click": ("click", "view"), "cart": ("cart",), "purchase": ("purchase",)}
 """What is counted, and the actions that make it; logs call a click on a list by either name."""
@@ -80,6 +85,40 @@ def start(state: State, name: str, version: str, share: float) -> Experiment:
 def stop(state: State) -> None:
     """Serve everybody by the live version again."""
     state.put_setting(SETTING, "")
+
+
+def answer(state: State, experiment: Experiment, refused: str = "") -> None:
+    """Say that a replica runs it, or why one does not; a refusal stands, whatever the others say."""
+    if refused or not answered(state, experiment):
+        state.put_setting(ANSWER, json.dumps({"of": experiment.text(), "refused": refused}))
+
+
+def answered(state: State, experiment: Experiment) -> str | None:
+    """Why a replica refused it, "" if one runs it and none refused, None if none has said anything."""
+    said = json.loads(state.setting(ANSWER) or "{}")
+    return str(said["refused"]) if said.get("of") == experiment.text() else None
+
+
+def taken_up(state: State, experiment: Experiment, within_s: float) -> bool:
+    """Wait until a replica runs it; False if there is none to do so.
+
+    Raises BundleError, and stops the experiment, if one refuses it; ResourceError if none answers in time.
+    """
+    deadline = time.monotonic() + within_s
+    while state.replicas(REPLICA_ALIVE_MS):
+        refused = answered(state, experiment)
+        if refused:
+            stop(state)
+            raise BundleError(f"experiment '{experiment.name}' was refused, and is stopped: {refused}")
+        if refused is not None:
+            return True
+        if time.monotonic() >= deadline:
+            raise ResourceError(
+                f"no replica has taken up experiment '{experiment.name}' within {within_s:g} s; see their logs, or "
+                "stop it: rayrec experiment stop"
+            )
+        time.sleep(LOOK_EVERY_S)
+    return False
 
 
 # ---------------------------------------------------------------- the report

@@ -29,7 +29,7 @@ import ray
 from ray.exceptions import RayError
 
 from rayrec import cluster
-from rayrec.bundle import Bundle, current_version
+from rayrec.bundle import Bundle, current_version, versions
 from rayrec.config import ServeConfig
 from rayrec.errors import RayrecError, ResourceError, UsageError
 from rayrec.progress import step
@@ -74,7 +74,7 @@ def served(
     url = checked_address(host, port, tls)
     serve_policy(config.autoscale)  # what is wrong with it is told before Ray starts
     bundle = Bundle.open(bundle_path)
-    bundle_path = bundle.uri or str(bundle.path)  # one version for all replicas, whatever is published meanwhile
+    bundle_path = bundle.location  # one version for all replicas, whatever is published meanwhile
     state_url = absolute_url(state_url)
     state = open_state(state_url)
     state.put_setting(ACTIVE_MODEL, bundle.version)  # whatever was live when it was served last
@@ -206,7 +206,7 @@ def application(args: Application) -> Any:
     state = open_state(absolute_url(args.state))
     state.close()
     config = with_settings(ServeConfig(), args.settings)
-    return build(bundle.uri or str(bundle.path), state_url=absolute_url(args.state), config=config)
+    return build(bundle.location, state_url=absolute_url(args.state), config=config)
 
 
 class Replica:
@@ -245,6 +245,9 @@ class Replica:
         from rayrec.serving.editing import editor
         from rayrec.serving.pictures import Pictures
 
+        there = versions(self._bundles)
+        if version not in there:  # what opens a bundle would tell callers where it looked for it
+            raise UsageError(f"there is no version '{version}' beside the live one; there are {', '.join(there)}")
         bundle = Bundle.open(f"{self._bundles}/{version}")
         scorer = self._load_scorer(bundle)
         return Loaded(scorer, Pictures(bundle), editor(bundle) if isinstance(scorer, Scorer) else None)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from rayrec.catalogue import Catalogue
 from rayrec.config import ServeConfig
 from rayrec.errors import BundleError, RayrecError
-from rayrec.evaluation.experiment import Experiment, running
+from rayrec.evaluation.experiment import Experiment, answer, running
 from rayrec.ranking.pipeline import Ranker
 from rayrec.ranking.requests import Request
 from rayrec.ranking.retrieval import Ints
@@ -142,7 +142,7 @@ class Live:
         self._swapping = threading.Lock()
         self._trends, self._counting = Trends(self.config.trend_hours), threading.Lock()
         self._refused: str | None = None
-        self._refused_trial: str | None = None
+        self._refused_trial: Experiment | None = None
 
     def of(self, visitor: str | None) -> Model:
         """The model that this visitor is served by."""
@@ -205,7 +205,7 @@ class Live:
 
     async def _follow_experiment(self) -> None:
         wanted = await asyncio.to_thread(running, self.state)
-        if wanted == (self.trial.experiment if self.trial else None) or (wanted and wanted.name == self._refused_trial):
+        if wanted == (self.trial.experiment if self.trial else None) or (wanted and wanted == self._refused_trial):
             return
         if wanted is None:
             self.trial, self._refused_trial = None, None
@@ -213,8 +213,11 @@ class Live:
         try:
             self.trial = Trial(wanted, await asyncio.to_thread(self._ready, wanted.version))
         except RayrecError as error:
-            self.trial, self._refused_trial = None, wanted.name
+            self.trial, self._refused_trial = None, wanted
             log.error("refused model %s of experiment '%s': %s", wanted.version, wanted.name, error)
+            await asyncio.to_thread(answer, self.state, wanted, str(error))
+        else:
+            await asyncio.to_thread(answer, self.state, wanted)
 
     async def _follow_model(self) -> None:
         wanted = await asyncio.to_thread(self.state.setting, ACTIVE_MODEL)

@@ -27,14 +27,13 @@ from rayrec.serving.keys import LOCAL, Caller
 from rayrec.serving.live import Cards, Edit, ImageOf, Live, Load, Loaded, Model
 from rayrec.serving.metrics import Metrics
 from rayrec.serving.problems import ProblemError
-from rayrec.state.protocol import Event, Outcome, State
+from rayrec.state.protocol import REPLICA_ALIVE_MS, Event, Outcome, State
 
 log = logging.getLogger(__name__)
 
 BEAT_EVERY_S = 1.0
 FOLLOW_EVERY_S = 0.25  # what a shop says of an item is to be live within a second
 PICTURE_SIDE = 512  # pixels of a picture that is put, at most
-ALIVE_MS = 3500  # a replica that was silent for longer is gone
 
 
 class Service:
@@ -177,7 +176,7 @@ class Service:
 
     async def status(self) -> wire.Status:
         """How the service is; replicas are those that reported themselves lately."""
-        replicas = await asyncio.to_thread(self.state.replicas, ALIVE_MS)
+        replicas = await asyncio.to_thread(self.state.replicas, REPLICA_ALIVE_MS)
         counts = await asyncio.to_thread(self.state.counts)
         return wire.Status(
             model=self.live.model.version,

@@ -16,7 +16,8 @@ Outcome = Literal["accepted", "duplicate", "erased"]
 MARKS: Final = ("purchase", "cancel", "hide", "dislike")
 """Actions that count for good, however long ago: they decide what is never shown again."""
 
-
+REPLICA_ALIVE_MS: Final = 3500
+"""Replicas report themselves every second: one that was silent for longer is gone."""
 FORGET_REPLICA_MS: Final = 60_000
 """Replicas that were killed say no goodbye: they are forgotten after so long."""
 KEEP_CHANGES: Final = 100_000
