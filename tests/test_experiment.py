@@ -13,11 +13,11 @@ from rayrec.errors import BundleError, ResourceError, UsageError
 from rayrec.evaluation.experiment import (
     Experiment,
     Seen,
-    answer,
-    answered,
     anytime_reach,
     compared,
     hits,
+    replied,
+    reply,
     report,
     running,
     sample_ratio_p,
@@ -215,6 +215,6 @@ def test_one_that_is_refused_is_stopped_with_the_reason_even_under_a_name_used_b
 
 def test_a_refusal_stands_whatever_other_replicas_say(state: State) -> None:
     experiment = start(state, "a", "v2", 0.5)
-    answer(state, experiment, "no memory")
-    answer(state, experiment)
-    assert answered(state, experiment) == "no memory"
+    reply(state, experiment, "no memory")
+    reply(state, experiment)
+    assert replied(state, experiment) == "no memory"

@@ -87,13 +87,13 @@ def stop(state: State) -> None:
     state.put_setting(SETTING, "")
 
 
-def answer(state: State, experiment: Experiment, refused: str = "") -> None:
+def reply(state: State, experiment: Experiment, refused: str = "") -> None:
     """Say that a replica runs it, or why one does not; a refusal stands, whatever the others say."""
-    if refused or not answered(state, experiment):
+    if refused or not replied(state, experiment):
         state.put_setting(ANSWER, json.dumps({"of": experiment.text(), "refused": refused}))
 
 
-def answered(state: State, experiment: Experiment) -> str | None:
+def replied(state: State, experiment: Experiment) -> str | None:
     """Why a replica refused it, "" if one runs it and none refused, None if none has said anything."""
     said = json.loads(state.setting(ANSWER) or "{}")
     return str(said["refused"]) if said.get("of") == experiment.text() else None
@@ -106,7 +106,7 @@ def taken_up(state: State, experiment: Experiment, within_s: float) -> bool:
     """
     deadline = time.monotonic() + within_s
     while state.replicas(REPLICA_ALIVE_MS):
-        refused = answered(state, experiment)
+        refused = replied(state, experiment)
         if refused:
             stop(state)
             raise BundleError(f"experiment '{experiment.name}' was refused, and is stopped: {refused}")

@@ -21,7 +21,7 @@ import pyarrow as pa
 from rayrec.catalogue import Catalogue
 from rayrec.config import ServeConfig
 from rayrec.errors import BundleError, RayrecError
-from rayrec.evaluation.experiment import Experiment, answer, running
+from rayrec.evaluation.experiment import Experiment, reply, running
 from rayrec.ranking.pipeline import Ranker
 from rayrec.ranking.requests import Request
 from rayrec.ranking.retrieval import Ints
@@ -215,9 +215,9 @@ class Live:
         except RayrecError as error:
             self.trial, self._refused_trial = None, wanted
             log.error("refused model %s of experiment '%s': %s", wanted.version, wanted.name, error)
-            await asyncio.to_thread(answer, self.state, wanted, str(error))
+            await asyncio.to_thread(reply, self.state, wanted, str(error))
         else:
-            await asyncio.to_thread(answer, self.state, wanted)
+            await asyncio.to_thread(reply, self.state, wanted)
 
     async def _follow_model(self) -> None:
         wanted = await asyncio.to_thread(self.state.setting, ACTIVE_MODEL)

@@ -66,7 +66,7 @@ class Metrics:
         self._model.labels(version).set(1)
 
     def requested(self, route: str | None, status: int, took_s: float) -> None:
-        """Count one request. route: its template, which holds no id; None: there is none. status: 0: the client left."""
+        """Count one request. route: its template, without ids; None if there is none. status: 0 if the client left."""
         self._requests.labels(route or "none", str(status) if status else "gone").inc()
         self._request_s.labels(route or "none").observe(took_s)
 
