@@ -20,7 +20,7 @@ from rayrec.config import ServeConfig
 from rayrec.errors import StateError
 from rayrec.serving import wire
 from rayrec.serving.batching import Batcher, OverCapacityError
-from rayrec.serving.guard import is_loopback
+from rayrec.serving.guard import Guard, is_loopback
 from rayrec.serving.web import create_app
 from rayrec.state import State, open_state
 
@@ -349,6 +349,25 @@ def test_bodies_over_the_limit_are_413(client: Client) -> None:
 def test_what_is_announced_too_large_is_refused_unread(client: Client, size: int) -> None:
     headers = {"Content-Type": "application/json", "Content-Length": str(size)}
     problem(client.post("/v1/events", content=b"{", headers=headers), 413)
+
+
+@pytest.mark.parametrize("length", [{}, {"Content-Length": "60000"}], ids=["chunked", "announced"])
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/events"), ("PUT", "/v1/items/red-1/image")])
+def test_a_body_that_drips_is_not_waited_for(
+    client: Client, monkeypatch: pytest.MonkeyPatch, method: str, path: str, length: dict[str, str]
+) -> None:
+    monkeypatch.setitem(Guard.__init__.__kwdefaults__, "body_within_s", 0.2)
+
+    async def drops() -> Any:
+        for _ in range(60_000):
+            yield b" "
+            await asyncio.sleep(0.02)
+
+    began = time.monotonic()
+    answer = client.request(method, path, content=drops(), headers={"Content-Type": "application/json", **length})
+    assert "0.2 s" in problem(answer, 408)["detail"]
+    assert time.monotonic() - began < 5
+    assert client.post("/v1/events", {"events": [event()] * 900}).status_code == 200, "a large one is read"
 
 
 def test_chunked_bodies_within_the_limit_are_read(client: Client) -> None:

@@ -5,11 +5,13 @@ In: raw ASGI requests. Out: the same requests, or a problem. It must not know th
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,6 +22,11 @@ from rayrec.serving.problems import problem
 CALLER = "rayrec.caller"
 """Where a request's scope tells who calls: a `keys.Caller`."""
 NO_LIMIT = Limiter(0)
+
+BUFFERED_BYTES = 15_000
+"""A body of so many bytes is whole before a request gets here: HAProxy waits for what its buffer of 16 kB holds."""
+BODY_WITHIN_S = 30.0
+"""A larger one may take so long. HAProxy bounds the time between two bytes alone."""
 
 
 class Guard:
@@ -34,12 +41,13 @@ class Guard:
         app: ASGIApp,
         *,
         max_body_bytes: int,
+        body_within_s: float = BODY_WITHIN_S,
         keys: Keys | None = None,
         visitor_rate: float = 0,
         key_rate: float = 0,
         newcomer_rate: float = 0,
     ) -> None:
-        self.app, self.max_body_bytes, self.keys = app, max_body_bytes, keys
+        self.app, self.max_body_bytes, self.body_within_s, self.keys = app, max_body_bytes, body_within_s, keys
         self._visitors, self._keys, self._newcomers = Limiter(visitor_rate), Limiter(key_rate), Limiter(newcomer_rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,8 +63,14 @@ class Guard:
         size = headers.get("content-length", "")
         too_large = size.isdecimal() and int(size) > self.max_body_bytes
         if "transfer-encoding" in headers:
-            body = await _read(receive, self.max_body_bytes)
+            try:
+                body = await _read(_in_time(receive, self.body_within_s), self.max_body_bytes)
+            except HTTPException as error:
+                await problem(error.status_code, error.detail, headers={"Connection": "close"})(scope, receive, send)
+                return
             too_large, receive = body is None, _replay(body or b"", receive)
+        elif size.isdecimal() and int(size) > BUFFERED_BYTES:
+            receive = _in_time(receive, self.body_within_s)
         if too_large:
             refusal = problem(413, f"a body may have {self.max_body_bytes} bytes", headers={"Connection": "close"})
             await refusal(scope, receive, send)
@@ -109,6 +123,27 @@ def _hostname(url: str) -> str | None:
         return urlsplit(url).hostname
     except ValueError:
         return None
+
+
+def _in_time(receive: Receive, within_s: float) -> Receive:
+    """Raises HTTPException (408) where the body is not whole within that time of the first call."""
+    ends: float | None = None
+    whole = False
+
+    async def timed() -> Message:
+        nonlocal ends, whole
+        if whole:
+            return await receive()
+        now = asyncio.get_running_loop().time()
+        ends = ends or now + within_s
+        try:
+            message = await asyncio.wait_for(receive(), ends - now)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"the body was not whole within {within_s:g} s; send it again, at once") from None
+        whole = not message.get("more_body")
+        return message
+
+    return timed
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:

@@ -28,6 +28,7 @@ TITLES = {
     403: "forbidden",
     404: "not-found",
     405: "method-not-allowed",
+    408: "too-slow",
     409: "conflict",
     413: "body-too-large",
     422: "invalid",

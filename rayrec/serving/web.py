@@ -78,7 +78,7 @@ def create_app(
         version=__version__,
         summary="Events in, personal lists out.",
         lifespan=lifespan,
-        responses=problems.responses(401, 403, 413, 422, 429, 503),
+        responses=problems.responses(401, 403, 408, 413, 422, 429, 503),
     )
     problems.install(app)
     _add_middleware(app, service, keys, answers_id)
