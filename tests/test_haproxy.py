@@ -55,6 +55,14 @@ def test_only_the_door_that_was_asked_for_is_left() -> None:
     assert "no log" not in ours
 
 
+def test_ray_is_told_not_to_watch_for_clients_that_leave() -> None:
+    from ray.serve._private.http_util import parse_disconnect_disabled_header
+
+    name, value = re.findall(r"set-header (\S+) (\S+)$", haproxy.UNWATCHED.strip())[0]
+    assert parse_disconnect_disabled_header({name.lower().encode(): value.encode()}), "as this version of Ray reads it"
+    assert haproxy.UNWATCHED in haproxy.rewritten(RAYS)
+
+
 def test_with_a_certificate_it_speaks_tls() -> None:
     ours = haproxy.rewritten(RAYS, "/run/certificate.pem")
     assert binds(ours) == ["bind 127.0.0.1:8000 ssl crt /run/certificate.pem alpn h2,http/1.1"]

@@ -12,6 +12,7 @@ from rayrec.bench.server_runs import TRIVIAL
 
 US, BARE, ONE_BY_ONE = "rayrec serve", "uvicorn", "uvicorn, one by one"
 LISTS = "lists"
+GROWTH = {"items": "items", "history": "events of a visitor", "users": "visitors"}
 Run = dict[str, Any]
 
 
@@ -50,9 +51,7 @@ TARGETS = (
 def summary(runs: Sequence[Run], recall: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Medians over rounds of every part. recall: by how many items, as text."""
     servers = [_row(of_name, recall) for of_name in _together(runs, lambda run: run["part"] == "servers")]
-    growth = [
-        _row(of_name, recall) for of_name in _together(runs, lambda run: run["part"] in ("items", "history", "users"))
-    ]
+    growth = [_row(of_name, recall) for of_name in _together(runs, lambda run: run["part"] in GROWTH)]
     layers = [run for run in runs if run["part"] == "layers"]
     return {
         "servers": servers,
@@ -346,27 +345,31 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    sizes = {part: [row for row in result["growth"] if row["part"] == part] for part in GROWTH}
+    measured = [part for part, rows in sizes.items() if rows]
+    figure = Figure(figsize=(4.6 + 2.8 * len(measured), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    bars, *panels = figure.subplots(1, 4, width_ratios=[1.6, 1, 1, 1])
-    rows = [row for row in result["servers"] if row["name"] != TRIVIAL][::-1]
+    bars, *panels = figure.subplots(1, 1 + len(measured), width_ratios=[1.6, *[1] * len(measured)], squeeze=False)[0]
+    _bars(bars, [row for row in result["servers"] if row["name"] != TRIVIAL][::-1])
+    for axis, part in zip(panels, measured, strict=True):
+        names = [int(row["name"]) for row in sizes[part]]
+        axis.plot(names, [row["points"][0]["p50"] for row in sizes[part]], "o-", color="#2a6f97")
+        axis.set_title(GROWTH[part])
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    if panels:
+        panels[0].set_ylabel("p50 of a list, ms, one client")
+    figure.savefig(str(path), dpi=110)
+
+
+def _bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         points = [point for point in row["points"] if point["mix"] == LISTS]
         for n, point in enumerate(points):
             at = rows.index(row) + 0.8 * ((len(points) - 1) / 2 - n) / max(1, len(points))
-            bars.barh(at, point["rate"], 0.75 / len(points), color="#c44e00" if row["name"] == US else "#8a8f98")
-            bars.annotate(f" {point['rate']:.0f} at {point['clients']}", (point["rate"], at), va="center", fontsize=7)
-    bars.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    bars.margins(x=0.2)
-    bars.set_title("lists a second, by clients")
-    for axis, part in zip(panels, ("items", "history", "users"), strict=True):
-        sizes = [row for row in result["growth"] if row["part"] == part]
-        axis.plot(
-            [int(row["name"]) for row in sizes], [row["points"][0]["p50"] for row in sizes], "o-", color="#2a6f97"
-        )
-        axis.set_title({"items": "items", "history": "events of a visitor", "users": "visitors"}[part])
-        axis.set_xscale("log")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    panels[0].set_ylabel("p50 of a list, ms, one client")
-    figure.savefig(str(path), dpi=110)
+            axis.barh(at, point["rate"], 0.75 / len(points), color="#c44e00" if row["name"] == US else "#8a8f98")
+            axis.annotate(f" {point['rate']:.0f} at {point['clients']}", (point["rate"], at), va="center", fontsize=7)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.margins(x=0.2)
+    axis.set_title("lists a second, by clients")

@@ -25,6 +25,10 @@ FRONTEND = "frontend http_frontend"
 # Ray answers a request's id as it was sent; the application would not.
 CLEAN_ID = "    http-request del-header X-Request-Id if { req.fhdr(X-Request-Id) -m reg '^$|[^A-Za-z0-9_-]|^.{129}' }\n"
 
+# Ray watches meanwhile whether the client left, in a task of its own for each request. An answer of milliseconds, or an
+# event that is being stored, is not broken off for that.
+UNWATCHED = "    http-request set-header X-Request-Disconnect-Disabled ?1\n"
+
 # Ray bears with a silent client for an hour, and 4,096 of them are all that fit. A request's head, with as much of its
 # body as a buffer holds, is to be there in time, and later bytes are never to be waited for as long.
 PATIENCE_S = 10
@@ -44,7 +48,7 @@ def install(folder: Path, binary: str, tls: tuple[Path, Path] | None = None) -> 
 
 
 def rewritten(config: str, certificate: str = "") -> str:
-    """Ray's configuration without `UNWANTED`, the requests' ids clean, clients in time, and, given a certificate, TLS.
+    """Ray's configuration without `UNWANTED`, ids clean, requests unwatched, clients in time; given a certificate, TLS.
 
     Raises ValueError if it is not as Ray 2.60 writes it: better no server than one that is open, or speaks no TLS.
     """
@@ -56,7 +60,7 @@ def rewritten(config: str, certificate: str = "") -> str:
     if certificate:
         ours = f"{bind[0].rstrip()} ssl crt {certificate} alpn h2,http/1.1\n"
         ours += "    http-request set-header X-Forwarded-Proto https\n"
-    ours += CLEAN_ID + PATIENCE.format(PATIENCE_S)
+    ours += CLEAN_ID + UNWATCHED + PATIENCE.format(PATIENCE_S)
     sections[found[0]] = sections[found[0]].replace(bind[0], ours)
     return "".join(sections)
 
