@@ -54,11 +54,16 @@ def bench_chain(
 
 
 @bench_app.command("train")
-def bench_train(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
-    """Ray Train with one worker against the same loop in plain torch."""
+def bench_train(
+    events: Events = 1_000_000,
+    rounds: Rounds = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Of each side.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Ray Train against the same loop under torchrun, and how much of a step is arithmetic."""
     from rayrec.bench.training import run
 
-    _show(run(events, rounds), as_json)
+    _show(run(events, rounds, workers), as_json)
 
 
 @bench_app.command("images")

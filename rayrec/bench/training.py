@@ -1,8 +1,9 @@
-"""`rayrec bench train`: one worker of Ray Train, fed by Ray Data, against the same loop in plain torch.
+"""`rayrec bench train`: workers of Ray Train, fed by Ray Data, against the same loop under torchrun.
 
-In: how many events, how many rounds. Out: rows a second of both, and how long the worker waits for data. Each run is
-a process of its own, in turn and in changing order, with the same threads and settings of the allocator. What is
-compared is the epoch loop: start, validation and checkpoints are outside on both sides.
+In: how many events, rounds and workers. Out: rows a second of both, how long workers wait for data, the time from the
+command to the first step, and how much of a step is arithmetic. Each run is a command of its own, in turn and in
+changing order, with the same threads and settings of the allocator. What is compared is the epoch loop: start,
+validation and checkpoints are outside on both sides.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,98 +32,138 @@ SETTINGS = (
     "train.fusion_epochs=0",
     "train.refit_epochs=0",
     "train.tracker=[]",
+    "train.valid_users=100",
 )
+FIRST_EPOCH = "  retrieval 1: loss"
+"""How both sides begin the line that they print after it."""
 
 # Ray gives its workers a low priority; with it whatever else the machine does would count against one side alone.
 ENVIRONMENT = {**ALLOCATOR, "RAY_worker_niceness": "0"}
 
-_BEGIN = """
+_RAY = """
 import json, sys
-from pathlib import Path
 from rayrec.config import preset
 from rayrec.settings import with_settings
-config = with_settings(preset("small"), [*sys.argv[3:], "train.valid_users=100"])
-"""
-_RAY = f"""{_BEGIN}
 from rayrec.training.trainer import train
-bundle = train(sys.argv[1], sys.argv[2], config, publish=False)
+config = with_settings(preset("small"), sys.argv[2:])
+bundle = train(sys.argv[1], sys.argv[1] + "-bundles", config, publish=False)
 print(json.dumps(bundle.json("metrics.json")["training"]))
 """
-_PLAIN = f"""{_BEGIN}
-import torch
+_FLOPS = """
+import json, sys, torch
+from rayrec.bench.flops import run
+from rayrec.config import preset
 from rayrec.data.dataset import Dataset
-from rayrec.training.local import train_alone
+from rayrec.settings import with_settings
 from rayrec.training.workers import cores
 torch.set_num_threads(cores())
-Path(sys.argv[2]).mkdir()
-print(json.dumps(train_alone(Dataset.open(sys.argv[1]), config, Path(sys.argv[2])).history))
+print(json.dumps(run(Dataset.open(sys.argv[1]), with_settings(preset("small"), sys.argv[2:]))))
 """
 
 
-def run(events: int, rounds: int) -> dict[str, Any]:
+def run(events: int, rounds: int, workers: int) -> dict[str, Any]:
     """Train both ways `rounds` times in turn on the same dataset; prints and answers medians and ratios.
 
     The first epoch is told apart: it streams the rows that the next ones keep.
     """
-    found: dict[str, list[dict[str, float]]] = {"ray": [], "plain": []}
+    from rayrec.bench.flops import table
+
+    settings = [*SETTINGS, f"train.workers={workers}"]
+    nodes = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={workers}",
+        "-m",
+        "rayrec.bench.torchrun",
+    ]
+    commands = {"ray": ["-c", _RAY], "torchrun": nodes}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
         step(f"making a dataset of {events} events")
-        dataset = make_dataset(Path(folder) / "dataset", events, IMAGE_SIZE)
+        dataset = make_dataset(Path(folder) / "dataset", events, IMAGE_SIZE).path
         for round_ in range(rounds):
-            sides = [("ray", _RAY), ("plain", _PLAIN)]
-            for name, code in sides if round_ % 2 == 0 else sides[::-1]:  # neither is always the first of a round
-                lines = _train(code, dataset.path, f"{folder}/{name}-{round_}")
-                found[name].append(figures(lines))
+            for name in list(commands)[:: 1 if round_ % 2 == 0 else -1]:  # neither is always the first of a round
+                words = [sys.executable, *commands[name], dataset, *settings]
+                found[name].append(figures(*_watched(words), workers))
                 step(f"round {round_ + 1}: {describe(name, found[name][-1])}")
+        arithmetic = json.loads(_watched([sys.executable, "-c", _FLOPS, dataset, *settings])[0])
+    result: dict[str, Any] = {"bench": "train", "events": events, "workers": workers}
+    result |= {"cpus": os.cpu_count(), "epochs": EPOCHS, "rounds": found, **compared(found), "arithmetic": arithmetic}
+    for name, one in result["median"].items():
+        step(f"median:  {describe(name, one)}")
+    low, high = result["ratio_range"]
+    step(
+        f"Ray Train / torchrun {result['ratio']:.3f} of the rows a second (rounds {low:.3f} to {high:.3f}; first epoch "
+        f"{result['first_epoch_ratio']:.3f})"
+    )
+    step(table(arithmetic))
+    return result
+
+
+def compared(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians of both sides; the median of the rounds' ratios and between which they lie."""
     medians = {
         name: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for name, runs in found.items()
     }
-    ratio = medians["ray"]["rows_per_s"] / medians["plain"]["rows_per_s"]
-    first = medians["ray"]["first_epoch_rows_per_s"] / medians["plain"]["first_epoch_rows_per_s"]
-    wait = medians["ray"]["wait_share"]
-    for name, one in medians.items():
-        step(f"median:  {describe(name, one)}")
-    step(
-        f"Ray Train / plain torch {ratio:.3f} (first epoch {first:.3f}); waiting for data {100 * wait:.1f}% of the time"
-    )
+
+    def ratios(key: str) -> list[float]:
+        return [ours[key] / theirs[key] for ours, theirs in zip(found["ray"], found["torchrun"], strict=True)]
+
+    later, first = ratios("rows_per_s"), ratios("first_epoch_rows_per_s")
     return {
-        "bench": "train",
-        "events": events,
-        "cpus": os.cpu_count(),
-        "epochs": EPOCHS,
-        "rounds": found,
         "median": medians,
-        "ratio": round(ratio, 3),
-        "first_epoch_ratio": round(first, 3),
-        "wait_share": round(wait, 4),
+        "ratio": round(statistics.median(later), 3),
+        "ratio_range": [round(min(later), 3), round(max(later), 3)],
+        "first_epoch_ratio": round(statistics.median(first), 3),
     }
 
 
 def describe(name: str, one: dict[str, float]) -> str:
     """One run, or the median, in a line."""
     return (
-        f"{name:<6}{one['rows_per_s']:7.0f} rows/s, {100 * one['wait_share']:4.1f}% waiting; "
-        f"first epoch {one['first_epoch_rows_per_s']:.0f} rows/s"
+        f"{name:<9}{one['rows_per_s']:7.0f} rows/s, {100 * one['wait_share']:4.1f}% waiting; first step after "
+        f"{one['first_step_s']:.1f} s; first epoch {one['first_epoch_rows_per_s']:.0f} rows/s"
     )
 
 
-def figures(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Rows a second and share of waiting, of the first epoch and of all later ones together."""
+def figures(said: str, first_epoch_s: float, workers: int) -> dict[str, float]:
+    """Rows a second and share of waiting, of the first epoch and of all later ones together.
+
+    said: what a run printed, its epochs by the first worker last. first_epoch_s: when the first of them was told.
+    """
+    lines: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
     first, later = lines[0], lines[1:]
     seconds = sum(line["seconds"] for line in later)
     return {
-        "rows_per_s": sum(line["samples"] for line in later) / seconds,
+        "rows_per_s": workers * sum(line["samples"] for line in later) / seconds,
         "wait_share": sum(line["wait_s"] for line in later) / seconds,
-        "first_epoch_rows_per_s": first["samples"] / first["seconds"],
+        "first_epoch_rows_per_s": workers * first["samples"] / first["seconds"],
         "first_epoch_wait_share": first["wait_s"] / first["seconds"],
+        "first_step_s": first_epoch_s - first["seconds"],
     }
 
 
-def _train(code: str, dataset: str, out: str) -> list[dict[str, Any]]:
-    """One training in a process of its own: a line for each epoch."""
-    command = [sys.executable, "-c", code, dataset, out, *SETTINGS]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the training in {out} failed with exit code {done.returncode}")
-    lines: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return lines
+def _watched(command: Sequence[str]) -> tuple[str, float]:
+    """Run a command: what it printed, and how long after its start it told of its first epoch.
+
+    Raises RuntimeError if it fails.
+    """
+    began = time.monotonic()
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}
+    )
+    assert running.stdout is not None
+    assert running.stderr is not None
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(running.stdout.read()))  # type: ignore[union-attr]
+    reader.start()
+    lines, first_epoch_s = [], float("nan")
+    for line in running.stderr:
+        lines.append(line)
+        if line.startswith(FIRST_EPOCH):
+            first_epoch_s = time.monotonic() - began
+    reader.join()
+    if code := running.wait():
+        raise RuntimeError(f"{' '.join(command[:4])} failed with exit code {code}: {''.join(lines[-20:])}")
+    return said[0], first_epoch_s
