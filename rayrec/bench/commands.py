@@ -66,6 +66,20 @@ def bench_train(
     _show(run(events, rounds, workers), as_json)
 
 
+@bench_app.command("epoch")
+def bench_epoch(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset.")],
+    out: Annotated[Path, typer.Option(help="Where runs and the others' environments are kept.")],
+    rounds: Rounds = 3,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Events a second of an epoch against the sequence models of other libraries; goes on where it was stopped."""
+    from rayrec.bench.epoch import run
+
+    _show(run(dataset, out, rounds, set_ or []), as_json)
+
+
 @bench_app.command("images")
 def bench_images(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = False) -> None:
     """Each distinct picture of a batch once against a picture beside every row."""

@@ -134,7 +134,7 @@ def run_peer(
             code = str(error).rpartition("failed with ")[2]
             raise RuntimeError(f"failed with {code}: {last}") from error
     facts = json.loads((lists / "facts.json").read_text())
-    cost |= {name: facts[name] for name in ("version", "train_cpu_s", "curve", "note") if name in facts}
+    cost |= {name: facts[name] for name in ("version", "train_cpu_s", "curve", "paces", "note") if name in facts}
     found = {split: pq.read_table(lists / f"lists-{split}.parquet") for split in SPLITS}
     cost["list_ms"] = 1000 * facts.get("lists_s", 0.0) / max(1, sum(map(len, found.values())))
     return found, cost

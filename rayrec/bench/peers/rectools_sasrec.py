@@ -21,7 +21,7 @@ PATIENCE, PATIENT_STEPS = 5, 1000  # an epoch of few long sequences has few step
 VALIDATION_USERS, BATCH = 5000, 256
 data, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 seed, minutes = settings.pop("seed"), settings.pop("minutes")
-curve = []
+curve, paces = [], []
 pl.seed_everything(seed)
 
 
@@ -41,8 +41,13 @@ class KeepBest(pl.Callback):
     def __init__(self) -> None:
         self.best, self.weights, self.step, self.worse, self.best_step = -1.0, None, 0, 0, 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Begin to count the events to tell, and their time."""
+        self.told, self.begun, self.begun_cpu = 0, time.monotonic(), time.process_time()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: object, outputs: object, batch: dict, n: int) -> None:
         """Stop where the minutes of CPU are over: Lightning's own limit is of the wall clock."""
+        self.told += int((batch["y"] > 0).sum())
         if minutes and time.process_time() - started > 60 * minutes:
             trainer.should_stop = True
 
@@ -51,6 +56,7 @@ class KeepBest(pl.Callback):
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
+        paces.append((self.told, time.monotonic() - self.begun, time.process_time() - self.begun_cpu))
         found = self.ndcg(module)
         curve.append((time.process_time() - started, found))
         print(f"epoch {trainer.current_epoch}: {found:.4f} after {curve[-1][0]:.0f} s of CPU", file=sys.stderr)
@@ -130,6 +136,7 @@ facts = {
     "version": f"rectools {version('rectools')}",
     "train_cpu_s": fitted - started,
     "curve": curve,
+    "paces": paces,
     "lists_s": spent_s,
     "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
 }

@@ -1,0 +1,120 @@
+"""`rayrec bench epoch`: how many events a second rayrec and the sequence models of other libraries learn from.
+
+In: a dataset, rounds, a folder. Out: medians and ratios, of the second epoch. All see ids alone, as wide and with
+histories as long, by the softmax over all items, with the same threads and settings of the allocator; each as its own
+command or library trains, in turn and in changing order. An event counts where the model has to tell it from those
+before. Where the machine is shared, ratios of CPU seconds are the ones to go by.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrec.bench.kept import kept_body
+from rayrec.bench.measure import measured
+from rayrec.bench.peer_runs import PEERS, Peer, Settings, run_peer
+from rayrec.config import Config, preset
+from rayrec.data.dataset import Dataset
+from rayrec.progress import step
+from rayrec.settings import with_settings
+from rayrec.training.batches import NextItemCollate, minibatches
+from rayrec.training.trainer import ALLOCATOR
+from rayrec.training.windows import stage_rows
+
+US = "rayrec"
+WIDTH, LENGTH = 64, 50
+EPOCHS = 2
+OURS = (
+    "model.use_image=false",
+    "model.use_attributes=false",
+    f"model.width={WIDTH}",
+    f"model.max_len={LENGTH}",
+    "train.full_softmax_below=100000000",
+    f"train.epochs={EPOCHS}",
+    "train.fusion_epochs=0",
+    "train.refit_epochs=0",
+    "train.tracker=[]",
+    "train.valid_users=100",
+)
+THEIRS: dict[str, Settings] = {
+    "recbole-gru4rec": {"model": "GRU4Rec", "embedding_size": WIDTH, "MAX_ITEM_LIST_LENGTH": LENGTH},
+    "rectools-sasrec": {"n_factors": WIDTH, "session_max_len": LENGTH, "lr": 1e-3},
+}
+
+
+def run(path: str, out: Path, rounds: int, settings: list[str]) -> dict[str, Any]:
+    """Train all of them `rounds` times; prints and answers events a second. Goes on where it was stopped."""
+    dataset, config = Dataset.open(path), with_settings(preset("small"), [*OURS, *settings])
+    os.environ.update(ALLOCATOR)  # of the peers' processes; our command gives it to its workers by itself
+    names = [US, *THEIRS]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+
+            def make(name: str = name, seed: int = round_) -> dict[str, float]:
+                return _ours(dataset, config, settings) if name == US else _theirs(name, dataset, out, seed)
+
+            key = [dataset.fingerprint(), config.model_dump(mode="json") if name == US else THEIRS[name]]
+            found[name].append(kept_body(out / "runs", f"epoch-{name}", key, round_, make))
+            step(f"round {round_ + 1}: {describe(name, found[name][-1])}")
+    rows = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
+    ratios = {
+        name: {
+            key: round(statistics.median(us[key] / it[key] for us, it in zip(found[US], found[name], strict=True)), 2)
+            for key in ("events_per_s", "events_per_cpu_s")
+        }
+        for name in THEIRS
+    }
+    for name, row in rows.items():
+        times = "" if name == US else f"; rayrec is {ratios[name]['events_per_s']:.2f} times as fast"
+        step(f"median:  {describe(name, row)}{times}")
+    return {"bench": "epoch", "cpus": os.cpu_count(), "rounds": found, "median": rows, "ratio": ratios}
+
+
+def describe(name: str, one: dict[str, float]) -> str:
+    """One run, or the median, in a line."""
+    return (
+        f"{name:<16}{one['events_per_s']:8.0f} events/s, {one['events_per_cpu_s']:8.0f} a CPU second; "
+        f"an epoch tells {one['events']:.0f}"
+    )
+
+
+def _ours(dataset: Dataset, config: Config, settings: list[str]) -> dict[str, float]:
+    """`rayrec train`, as a user types it."""
+    with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
+        chosen = [word for one in (*OURS, *settings) for word in ("--set", one)]
+        command = [sys.executable, "-m", "rayrec", "train", dataset.path, f"{folder}/bundles", *chosen, "--json"]
+        lines = json.loads(measured(command).output.splitlines()[-1])["training"]
+    # Between two lines is the validation of the second too; it is kept small.
+    return _pace(targets(dataset, config), lines[-1]["seconds"], lines[-1]["cpu_s"] - lines[-2]["cpu_s"])
+
+
+def targets(dataset: Dataset, config: Config) -> int:
+    """How many events an epoch of the first stage has to tell."""
+    rows = stage_rows(dataset.sequences(), "retrieval", config).combine_chunks()
+    collate = NextItemCollate(config.model.max_len, dataset.clock, torch.device("cpu"), pin=False)
+    batches = minibatches([rows], config.train.batch_size, np.random.default_rng(0))
+    return sum(int((collate(batch).target_BL > 0).sum()) for batch in batches)
+
+
+def _theirs(name: str, dataset: Dataset, out: Path, seed: int) -> dict[str, float]:
+    """A peer's own training, without a limit of minutes."""
+    peer: Peer = PEERS[name]
+    with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
+        settings = {**THEIRS[name], "epochs": EPOCHS, "seed": seed, "minutes": 0}
+        log = out / "logs" / f"epoch-{name}-{seed}.log"
+        _, cost = run_peer(peer, dataset, dataset.sequences(), settings, out / "environments", Path(folder), log)
+    return _pace(*cost["paces"][-1])
+
+
+def _pace(events: float, seconds: float, cpu_s: float) -> dict[str, float]:
+    return {"events": events, "events_per_s": events / seconds, "events_per_cpu_s": events / cpu_s}
