@@ -19,7 +19,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def test_an_event_is_told_once_however_long_a_window_is(dataset: Dataset) -> None:
-    """Of 20 visitors' 20 events the last two are for validation and test; the fusion's are withheld from half of them."""
+    """Of 20 visitors' 20 events two are for validation and test, and some of half of them for the fusion."""
     told = [
         epoch.targets(dataset, with_settings(preset("small"), [*epoch.OURS, f"model.max_len={n}"])) for n in (5, 50)
     ]
