@@ -40,6 +40,18 @@ def bench_shapes(events: Events = 200_000, rounds: Rounds = 1, as_json: Json = F
     _show(run(events, rounds), as_json)
 
 
+@bench_app.command("decode")
+def bench_decode(
+    pictures: Annotated[int, typer.Option(min=10, help="That are painted for it.")] = 8000,
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> None:
+    """Pictures a second through prepare, against the same function in one plain process."""
+    from rayrec.bench.decode import run
+
+    _show(run(pictures, rounds), as_json)
+
+
 @bench_app.command("chain")
 def bench_chain(
     out: Annotated[Path, typer.Option(help="Where all is made and kept.")],
