@@ -332,6 +332,8 @@ def test_a_rolling_redeploy_fails_no_request(pair: Service, bundles: Path) -> No
     )
     words = [pair.gcs_address(), str(Bundle.open(bundles).path), pair.state_url, config.model_dump_json()]
     settings = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    # Else Ray takes the machine's address on a network for its loopback one, where this service does not listen.
+    settings |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
     def redeploy() -> None:
         ran = [sys.executable, "-c", REDEPLOY, *words]
