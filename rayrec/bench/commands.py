@@ -42,7 +42,7 @@ def bench_shapes(events: Events = 200_000, rounds: Rounds = 1, as_json: Json = F
 
 @bench_app.command("decode")
 def bench_decode(
-    pictures: Annotated[int, typer.Option(min=10, help="That are painted for it.")] = 8000,
+    pictures: Annotated[int, typer.Option(min=10, help="That are painted for it.")] = 20_000,
     rounds: Rounds = 3,
     as_json: Json = False,
 ) -> None:

@@ -94,6 +94,7 @@ def write_shop(raw: Path, items: int, pictures: int) -> Path:
     log = {
         "user_id": pa.array([f"u{user}" for user in rng.integers(0, max(1, n // 20), n).tolist()]),
         "item_id": pa.array([f"i{item:06d}" for item in rng.permutation(np.repeat(np.arange(items), EVENTS_AN_ITEM))]),
+        "action": pa.array(["view"] * n),
         "timestamp": pa.array(1_700_000_000 + np.sort(rng.integers(0, 30 * 86_400, n))),
     }
     pacsv.write_csv(pa.table(log), raw / "events.csv")

@@ -8,6 +8,7 @@ image is decoded, nor who runs the batches.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,7 @@ from rayrec.files import filesystem
 from rayrec.history import Ints
 from rayrec.schema import IMAGE_SCHEMA, REJECT_SCHEMA
 
-BATCH = 256
+BATCH = 1024
 LARGEST_BYTES = 64 * 1024 * 1024
 FOLDER = "images/"
 
@@ -142,6 +143,21 @@ def image_refs(
     return [*files, *(ref for ref in stay if ref.folder != raw.uri and ref.key not in here), *named]
 
 
+class Packed:
+    """Parts of which a task needs one: it unpickles that, and the rest stays where Ray keeps it, uncopied."""
+
+    def __init__(self, parts: Iterable[Any]) -> None:
+        packed = [pickle.dumps(part) for part in parts]
+        self._bound = np.cumsum([0, *map(len, packed)])
+        self._bytes = np.frombuffer(b"".join(packed), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._bound) - 1
+
+    def __getitem__(self, number: int) -> Any:
+        return pickle.loads(self._bytes[self._bound[number] : self._bound[number + 1]].tobytes())
+
+
 class ImageDecoder:
     """Decodes the first image of each known item, in batches by ascending item index, one shard a batch."""
 
@@ -166,16 +182,25 @@ class ImageDecoder:
             else:
                 first[ref.item_id] = ref
         self.refs = sorted(((index[item_id], ref) for item_id, ref in first.items()), key=lambda pair: pair[0])
-        self.n_batches = -(-len(self.refs) // BATCH)
+        known = [(place, ref, self._known(ref)) for place, ref in self.refs]
+        self.batches = Packed(known[start : start + BATCH] for start in range(0, len(known), BATCH))
+        self.n_batches = len(self.batches)
         self.n_old = len(old.shards) if old and self.n_batches else 0
+        if old and self.n_old:
+            self._index = np.array([place for place, _ in self.refs])
+            row_of = {ref.item_id: row for row, (_, ref, looked) in enumerate(known) if looked}
+            self._row_of_old = np.array([row_of.get(item_id, -1) for item_id in old.item_ids], np.int64)
+            self._old_folder, self._old_shards = old.folder, old.shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What tasks need: each of them would unpickle the lists of all pictures as well."""
+        return {name: value for name, value in vars(self).items() if name not in ("refs", "spare", "strangers", "old")}
 
     def deal_old(self, shard: int) -> None:
         """Deal the pixels of an old shard out to the batches of this run, under their new indices."""
-        assert self.old is not None
-        table = _parquet(self.old.folder, self.old.shards[shard])
-        place = {ref.item_id: n for n, (_, ref) in enumerate(self.refs) if self._known(ref)}
-        place_R = np.array([place.get(self.old.item_ids[n], -1) for n in table["item_index"].to_pylist()], np.int64)
-        index = np.array([index for index, _ in self.refs])[place_R].astype(np.int32)
+        table = _parquet(self._old_folder, self._old_shards[shard])
+        place_R = self._row_of_old[table["item_index"].to_numpy()]
+        index = self._index[place_R].astype(np.int32)
         mine = pa.table({"item_index": index, "pixels": table["pixels"]}, schema=IMAGE_SCHEMA)
         mine = mine.filter(pa.array(place_R >= 0))
         path = self.out.path(f"{WORK}/pixels-{shard:05d}.arrow")
@@ -186,9 +211,9 @@ class ImageDecoder:
         batch = ImageBatch()
         pixels: list[bytes] = []
         old = self._old_pixels(number)
-        for index, ref in self.refs[number * BATCH : (number + 1) * BATCH]:
+        for index, ref, known in self.batches[number]:
             try:
-                pixels.append(self._pixels(ref, old.get(index), batch))
+                pixels.append(self._pixels(ref, known, old.get(index), batch))
             except ImageRejected as rejected:
                 batch.rejected.append((ref, rejected.reason))
             else:
@@ -209,9 +234,8 @@ class ImageDecoder:
         table = read_partition(self.out.fs, paths, number)
         return dict(zip(table["item_index"].to_pylist(), table["pixels"].to_pylist(), strict=True))
 
-    def _pixels(self, ref: ImageRef, old: bytes | None, batch: ImageBatch) -> bytes:
+    def _pixels(self, ref: ImageRef, known: Looked | None, old: bytes | None, batch: ImageBatch) -> bytes:
         """The pixels of one picture; what was decoded, or rejected, before is taken from there if nothing changed."""
-        known = self._known(ref)
         if known is not None and not known.reason and old is None:
             known = None
         # What lies in folders of earlier days is as it was then: they may be gone.
