@@ -351,8 +351,11 @@ def each(title: str, work: Callable[[int], R], n: int) -> Iterator[R]:
         return {"id": batch["id"], "result": [pickle.dumps(_outcome(work, int(i))) for i in batch["id"]]}
 
     results: dict[int, R] = {}
+    numbers = ray.data.range(n, override_num_blocks=n)
+    # Results are small. To reserve memory for those to come, Ray Data would leave CPUs idle between two tasks.
+    numbers.context.op_resource_reservation_enabled = False
     with Task(title, n) as task:
-        for row in ray.data.range(n, override_num_blocks=n).map_batches(apply, batch_size=1).iter_rows():
+        for row in numbers.map_batches(apply, batch_size=1).iter_rows():
             result = pickle.loads(row["result"])
             if isinstance(result, Exception):
                 raise result
