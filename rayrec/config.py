@@ -414,7 +414,7 @@ class ServeConfig(Settings):
     newcomer_rate: float = Field(50, ge=0, description="visitors' tokens a second and replica; 0 is no limit")
     cors_origins: tuple[str, ...] = Field((), description="pages of these origins may call from a browser")
     image_prefixes: tuple[str, ...] = Field((), description="where pictures of items may be read from; each ends in /")
-    audit_file: str = Field("", description="where each replica appends who read, joined or erased whom; needs no keys")
+    audit_file: str = Field("", description="where each replica appends who read or erased whom, or changed what")
     log_requests: LoggedRequests = Field("errors", description="of which answers a replica writes a line to its log")
     log_visitors: bool = Field(False, description="with ids of visitors and items, queries and paths in the log")
     replicas_per_node: int = Field(0, ge=0, description="at most, so that a lost node is not the service; 0: any")
