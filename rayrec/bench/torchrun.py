@@ -21,11 +21,10 @@ from rayrec.data.dataset import Dataset
 from rayrec.progress import step
 from rayrec.settings import with_settings
 from rayrec.training.fit import Fit, Job
-from rayrec.training.group import Group
+from rayrec.training.group import Group, cores
 from rayrec.training.local import LocalFeed
 from rayrec.training.survey import survey
-from rayrec.training.trainer import describe
-from rayrec.training.workers import cores
+from rayrec.training.tracking import describe
 
 
 class Torchrun(Group):

@@ -55,7 +55,7 @@ from rayrec.bench.flops import run
 from rayrec.config import preset
 from rayrec.data.dataset import Dataset
 from rayrec.settings import with_settings
-from rayrec.training.workers import cores
+from rayrec.training.group import cores
 torch.set_num_threads(cores())
 print(json.dumps(run(Dataset.open(sys.argv[1]), with_settings(preset("small"), sys.argv[2:]))))
 """

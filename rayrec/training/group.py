@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,3 +76,8 @@ class Group:
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(summed)
         return [float(value) for value in summed.tolist()]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

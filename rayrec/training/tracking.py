@@ -97,3 +97,12 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.savefig(str(path), dpi=110)
+
+
+def describe(epoch: dict[str, Any]) -> str:
+    """An epoch in one line."""
+    scores = "  ".join(f"{name[6:]} {value:.4f}" for name, value in epoch.items() if name.startswith("valid_"))
+    return (
+        f"  {epoch['stage']} {epoch['epoch'] + 1}: loss {epoch['loss']:.4f}  {scores}  "
+        f"{epoch['samples_per_s']:.0f} rows/s, {100 * epoch['wait_share']:.1f}% waiting for data"
+    )

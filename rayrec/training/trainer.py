@@ -38,7 +38,7 @@ from rayrec.training.publish import write_bundle
 from rayrec.training.runs import Runs
 from rayrec.training.stopping import GO_ON, Asked, TerminatedError, Trainer, Workers
 from rayrec.training.survey import read_shards, survey
-from rayrec.training.tracking import open_trackers
+from rayrec.training.tracking import describe, open_trackers
 from rayrec.training.windows import stage_rows, stages
 from rayrec.training.workers import Board, train_worker
 
@@ -310,12 +310,3 @@ def _progress(board: Any, bundles: str, run: str, config: Config) -> Iterator[No
         thread.join(timeout=10)
         for tracker in trackers:
             tracker.close()
-
-
-def describe(epoch: dict[str, Any]) -> str:
-    """An epoch in one line."""
-    scores = "  ".join(f"{name[6:]} {value:.4f}" for name, value in epoch.items() if name.startswith("valid_"))
-    return (
-        f"  {epoch['stage']} {epoch['epoch'] + 1}: loss {epoch['loss']:.4f}  {scores}  "
-        f"{epoch['samples_per_s']:.0f} rows/s, {100 * epoch['wait_share']:.1f}% waiting for data"
-    )

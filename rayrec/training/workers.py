@@ -8,7 +8,6 @@ heard of or not: of one that was reported just before a fault, Ray Train may kno
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import threading
@@ -29,7 +28,7 @@ import torch
 from rayrec.training.batches import ROWS_A_CHUNK
 from rayrec.training.checkpoints import fetch, newest, seal
 from rayrec.training.fit import EndedError, Fit, Job
-from rayrec.training.group import Group
+from rayrec.training.group import Group, cores
 
 CACHE_BYTES = 1 << 30
 
@@ -134,11 +133,6 @@ def _newest(storage: str, scratch: Path, peers: RayPeers) -> Path | None:
     found = {"name": newest(storage, scratch, peers.tell)} if peers.rank == 0 else None
     name = peers.agree(found)["name"]
     return fetch(storage, name, scratch) if name else None
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
