@@ -20,9 +20,10 @@ def test_all_of_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("sample", "prepare", "train", "evaluate"):
         assert found[name]["cpu_s"] > 0
         assert found[name]["peak_mib"] > 50, name
-    assert found["sample"]["said"]["events"] > 0.9 * EVENTS
+    assert found["sample"]["said"] == EVENTS
     read = found["prepare"]["said"]
-    assert read["read"] == read["kept"] + sum(read["rejected"].values()) >= 0.9 * EVENTS
+    assert read["read"] == EVENTS
+    assert read["kept"] > 0.9 * EVENTS
     (epoch,) = found["train"]["said"]
     assert epoch["stage"] == "retrieval"
     assert epoch["samples"] > 100
