@@ -45,7 +45,7 @@ def test_ratios_are_of_rounds_and_runs_are_kept(
     monkeypatch.setattr(epoch, "_ours", ours)
     monkeypatch.setattr(epoch, "_theirs", theirs)
     found = epoch.run(dataset.path, tmp_path / "out", 2, [])
-    assert asked == ["ours", "recbole-gru4rec", "rectools-sasrec", "recbole-gru4rec", "rectools-sasrec", "ours"]
+    assert asked == ["ours", *epoch.THEIRS, *epoch.THEIRS, "ours"]
     assert found["ratio"]["recbole-gru4rec"] == {"events_per_s": 1.65, "events_per_cpu_s": 6.0}
     assert epoch.run(dataset.path, tmp_path / "out", 2, []) == found
-    assert len(asked) == 6
+    assert len(asked) == 2 * (1 + len(epoch.THEIRS))

@@ -21,7 +21,7 @@ import torch
 
 from rayrec.bench.kept import kept_body
 from rayrec.bench.measure import measured
-from rayrec.bench.peer_runs import PEERS, Peer, Settings, run_peer
+from rayrec.bench.peer_runs import PEERS, Settings, run_peer
 from rayrec.config import Config, preset
 from rayrec.data.dataset import Dataset
 from rayrec.progress import step
@@ -45,10 +45,16 @@ OURS = (
     "train.tracker=[]",
     "train.valid_users=100",
 )
-THEIRS: dict[str, Settings] = {
-    "recbole-gru4rec": {"model": "GRU4Rec", "embedding_size": WIDTH, "MAX_ITEM_LIST_LENGTH": LENGTH},
-    "rectools-sasrec": {"n_factors": WIDTH, "session_max_len": LENGTH, "lr": 1e-3},
+THEIRS: dict[str, tuple[str, Settings]] = {
+    "recbole-gru4rec": (
+        "recbole-gru4rec",
+        {"model": "GRU4Rec", "embedding_size": WIDTH, "MAX_ITEM_LIST_LENGTH": LENGTH},
+    ),
+    "rectools-sasrec": ("rectools-sasrec", {"n_factors": WIDTH, "session_max_len": LENGTH, "lr": 1e-3}),
+    "the same, longer": ("rectools-sasrec", {"n_factors": WIDTH, "session_max_len": 4 * LENGTH, "lr": 1e-3}),
 }
+"""By name of the row: a peer, and its settings. RecTools leaves out of a training what is before so many newest events;
+the last one learns from more of them."""
 
 
 def run(path: str, out: Path, rounds: int, settings: list[str]) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def run(path: str, out: Path, rounds: int, settings: list[str]) -> dict[str, Any
             def make(name: str = name, seed: int = round_) -> dict[str, float]:
                 return _ours(dataset, config, settings) if name == US else _theirs(name, dataset, out, seed)
 
-            key = [dataset.fingerprint(), config.model_dump(mode="json") if name == US else THEIRS[name]]
+            key = [dataset.fingerprint(), config.model_dump(mode="json") if name == US else THEIRS[name][1]]
             found[name].append(kept_body(out / "runs", f"epoch-{name}", key, round_, make))
             step(f"round {round_ + 1}: {describe(name, found[name][-1])}")
     rows = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
@@ -108,11 +114,11 @@ def targets(dataset: Dataset, config: Config) -> int:
 
 def _theirs(name: str, dataset: Dataset, out: Path, seed: int) -> dict[str, float]:
     """A peer's own training, without a limit of minutes."""
-    peer: Peer = PEERS[name]
+    peer, chosen = THEIRS[name]
     with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
-        settings = {**THEIRS[name], "epochs": EPOCHS, "seed": seed, "minutes": 0}
+        settings = {**chosen, "epochs": EPOCHS, "seed": seed, "minutes": 0}
         log = out / "logs" / f"epoch-{name}-{seed}.log"
-        _, cost = run_peer(peer, dataset, dataset.sequences(), settings, out / "environments", Path(folder), log)
+        _, cost = run_peer(PEERS[peer], dataset, dataset.sequences(), settings, out / "environments", Path(folder), log)
     return _pace(*cost["paces"][-1])
 
 
