@@ -50,6 +50,8 @@ LOADER: Final = "rayrec.serving.scorer:load_scorer"
 HAPROXY_BINARY: Final = "RAY_SERVE_HAPROXY_BINARY_PATH"
 READY_WITHIN_S: Final = 120.0
 WATCH_EVERY_S: Final = 1.0
+METRICS_EVERY_S: Final = 10.0
+"""Replicas tell how busy they are; more often where the look back is as short."""
 PORTS: Final = 200
 """For replicas of one service on a node, at most."""
 
@@ -174,6 +176,7 @@ def build(bundle_path: str, *, state_url: str, config: ServeConfig, loader: str 
             "upscale_delay_s": scale.upscale_delay_s,
             "downscale_delay_s": scale.downscale_delay_s,
             "look_back_period_s": scale.look_back_s,
+            "metrics_interval_s": min(METRICS_EVERY_S, scale.look_back_s / 2),
             **({"policy": policy} if policy else {}),
         },
         # Above what the application lets wait: it is the one to refuse, with a problem.
