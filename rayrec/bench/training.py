@@ -150,20 +150,21 @@ def _watched(command: Sequence[str]) -> tuple[str, float]:
     Raises RuntimeError if it fails.
     """
     began = time.monotonic()
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}
-    )
-    assert running.stdout is not None
-    assert running.stderr is not None
     said: list[str] = []
-    reader = threading.Thread(target=lambda: said.append(running.stdout.read()))  # type: ignore[union-attr]
-    reader.start()
     lines, first_epoch_s = [], float("nan")
-    for line in running.stderr:
-        lines.append(line)
-        if line.startswith(FIRST_EPOCH):
-            first_epoch_s = time.monotonic() - began
-    reader.join()
-    if code := running.wait():
-        raise RuntimeError(f"{' '.join(command[:4])} failed with exit code {code}: {''.join(lines[-20:])}")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        reader = threading.Thread(target=lambda: said.append(running.stdout.read()))  # type: ignore[union-attr]
+        reader.start()
+        for line in running.stderr:
+            lines.append(line)
+            if line.startswith(FIRST_EPOCH):
+                first_epoch_s = time.monotonic() - began
+        reader.join()
+    if running.returncode:
+        told = "".join(lines[-20:])
+        raise RuntimeError(f"{' '.join(command[:4])} failed with exit code {running.returncode}: {told}")
     return said[0], first_epoch_s
