@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_live import Live, live_of
 
-from rayrec.errors import BundleError, ResourceError, UsageError
+from rayrec.errors import BundleError, ResourceError, StateError, UsageError
 from rayrec.evaluation.experiment import (
     Experiment,
     Seen,
@@ -218,3 +218,23 @@ def test_a_refusal_stands_whatever_other_replicas_say(state: State) -> None:
     reply(state, experiment, "no memory")
     reply(state, experiment)
     assert replied(state, experiment) == "no memory"
+
+
+def test_a_state_that_is_away_for_a_moment_is_no_refusal(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = live_of(state)
+    experiment = start(state, "a", "v2", 0.5)
+    put, away = state.put_setting, [True]
+
+    def put_later(name: str, value: str) -> None:
+        if away:
+            away.clear()
+            raise StateError("away")
+        put(name, value)
+
+    monkeypatch.setattr(state, "put_setting", put_later)
+    with pytest.raises(StateError):
+        asyncio.run(live.follow())
+    assert replied(state, experiment) is None
+    asyncio.run(live.follow())
+    assert replied(state, experiment) == ""
+    assert {live.of(f"u{n}").version for n in range(50)} == {"v1", "v2"}

@@ -17,11 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from rayrec.bench.first_stage import batches
 from rayrec.bench.judged import PARTS, Run, cell, comparison, gains, judged_row, trained
 from rayrec.bench.kept import Made, kept, kept_body
 from rayrec.catalogue import Catalogue
@@ -32,9 +32,7 @@ from rayrec.model.encoders import Fresh
 from rayrec.model.recommender import NextItems, Recommender, build
 from rayrec.progress import step
 from rayrec.settings import with_settings
-from rayrec.training.batches import NextItemCollate, minibatches
 from rayrec.training.loop import Learner
-from rayrec.training.windows import stage_rows
 
 WITHOUT, NAIVE = "without", "naive"
 BUDGETS = ("0", "12", "48", "192", "all")
@@ -170,10 +168,7 @@ class Shop:
 
     def _batches(self, config: Config, n: int) -> list[NextItems]:
         """The same for every budget."""
-        rows = stage_rows(self.sequences, "retrieval", config).combine_chunks()
-        collate = NextItemCollate(config.model.max_len, self.dataset.clock, CPU, pin=False)
-        drawn = minibatches([rows], config.train.batch_size, np.random.default_rng(0))
-        return [collate(batch) for batch in islice(drawn, n)]
+        return list(islice(batches(self.sequences, self.dataset.clock, config), n))
 
 
 def beside_rows(model: Recommender, catalogue: Catalogue) -> BesideRows:

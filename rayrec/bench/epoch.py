@@ -16,9 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
+from rayrec.bench.first_stage import batches
 from rayrec.bench.kept import kept_body
 from rayrec.bench.measure import measured
 from rayrec.bench.peer_runs import PEERS, Settings, run_peer
@@ -26,9 +24,7 @@ from rayrec.config import Config, preset
 from rayrec.data.dataset import Dataset
 from rayrec.progress import step
 from rayrec.settings import with_settings
-from rayrec.training.batches import NextItemCollate, minibatches
 from rayrec.training.trainer import ALLOCATOR
-from rayrec.training.windows import stage_rows
 
 US = "rayrec"
 WIDTH, LENGTH = 64, 50
@@ -51,7 +47,7 @@ THEIRS: dict[str, tuple[str, Settings]] = {
         {"model": "GRU4Rec", "embedding_size": WIDTH, "MAX_ITEM_LIST_LENGTH": LENGTH},
     ),
     "rectools-sasrec": ("rectools-sasrec", {"n_factors": WIDTH, "session_max_len": LENGTH, "lr": 1e-3}),
-    "the same, longer": ("rectools-sasrec", {"n_factors": WIDTH, "session_max_len": 4 * LENGTH, "lr": 1e-3}),
+    "rectools-sasrec-200": ("rectools-sasrec", {"n_factors": WIDTH, "session_max_len": 4 * LENGTH, "lr": 1e-3}),
 }
 """By name of the row: a peer, and its settings. RecTools leaves out of a training what is before so many newest events;
 the last one learns from more of them."""
@@ -89,7 +85,7 @@ def run(path: str, out: Path, rounds: int, settings: list[str]) -> dict[str, Any
 def describe(name: str, one: dict[str, float]) -> str:
     """One run, or the median, in a line."""
     return (
-        f"{name:<16}{one['events_per_s']:8.0f} events/s, {one['events_per_cpu_s']:8.0f} a CPU second; "
+        f"{name:<20}{one['events_per_s']:8.0f} events/s, {one['events_per_cpu_s']:8.0f} a CPU second; "
         f"an epoch tells {one['events']:.0f}"
     )
 
@@ -106,10 +102,8 @@ def _ours(dataset: Dataset, config: Config, settings: list[str]) -> dict[str, fl
 
 def targets(dataset: Dataset, config: Config) -> int:
     """How many events an epoch of the first stage has to tell."""
-    rows = stage_rows(dataset.sequences(), "retrieval", config).combine_chunks()
-    collate = NextItemCollate(config.model.max_len, dataset.clock, torch.device("cpu"), pin=False)
-    batches = minibatches([rows], config.train.batch_size, np.random.default_rng(0))
-    return sum(int((collate(batch).target_BL > 0).sum()) for batch in batches)
+    drawn = batches(dataset.sequences(), dataset.clock, config)
+    return sum(int((batch.target_BL > 0).sum()) for batch in drawn)
 
 
 def _theirs(name: str, dataset: Dataset, out: Path, seed: int) -> dict[str, float]:

@@ -10,17 +10,15 @@ import time
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from rayrec.bench.first_stage import batches
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
 from rayrec.model.recommender import NextItems, Recommender, build
-from rayrec.training.batches import NextItemCollate, minibatches
 from rayrec.training.loop import Learner
-from rayrec.training.windows import stage_rows
 
 UNTIMED, STEPS, ROUNDS = 3, 15, 5
 SIDE = 2048
@@ -30,21 +28,21 @@ TOLD = 8
 
 def run(dataset: Dataset, config: Config) -> dict[str, Any]:
     """Time steps and products in turn; medians, the share of the peak, and the operators that take most of a step."""
-    model, batches = _model(dataset, config), _batches(dataset, config, UNTIMED + STEPS)
-    learner = Learner(model, list(model.stage_parameters("retrieval")), config.train, len(batches), torch.device("cpu"))
+    model, drawn = _model(dataset, config), _batches(dataset, config, UNTIMED + STEPS)
+    learner = Learner(model, list(model.stage_parameters("retrieval")), config.train, len(drawn), torch.device("cpu"))
     model.train()
     model.refresh()
-    for batch in batches[:UNTIMED]:
+    for batch in drawn[:UNTIMED]:
         learner.train_step(batch)
     with FlopCounterMode(display=False) as counter:
-        for batch in batches[UNTIMED:]:
+        for batch in drawn[UNTIMED:]:
             learner.train_step(batch)
-    flops = counter.get_total_flops() + sum(_recurrent(batch, config) for batch in batches[UNTIMED:])
+    flops = counter.get_total_flops() + sum(_recurrent(batch, config) for batch in drawn[UNTIMED:])
     peaks, rates = [], []
     for _ in range(ROUNDS):
         peaks.append(_peak())
         began = time.perf_counter()
-        for batch in batches[UNTIMED:]:
+        for batch in drawn[UNTIMED:]:
             learner.train_step(batch)
         rates.append(flops / (time.perf_counter() - began))
     peak, rate = statistics.median(peaks), statistics.median(rates)
@@ -54,7 +52,7 @@ def run(dataset: Dataset, config: Config) -> dict[str, Any]:
         "gflop_per_s": rate / 1e9,
         "peak_gflop_per_s": peak / 1e9,
         "share_of_peak": rate / peak,
-        "operators": _operators(learner, batches[UNTIMED:]),
+        "operators": _operators(learner, drawn[UNTIMED:]),
     }
 
 
@@ -68,11 +66,7 @@ def _model(dataset: Dataset, config: Config) -> Recommender:
 
 
 def _batches(dataset: Dataset, config: Config, n: int) -> list[NextItems]:
-    rows = stage_rows(dataset.sequences(), "retrieval", config).combine_chunks()
-    collate = NextItemCollate(config.model.max_len, dataset.clock, torch.device("cpu"), pin=False)
-    return [
-        collate(batch) for batch in islice(minibatches([rows], config.train.batch_size, np.random.default_rng(0)), n)
-    ]
+    return list(islice(batches(dataset.sequences(), dataset.clock, config), n))
 
 
 def _recurrent(batch: NextItems, config: Config) -> float:
@@ -94,10 +88,10 @@ def _peak() -> float:
     return 2 * SIDE**3 / (time.perf_counter() - began)
 
 
-def _operators(learner: Learner, batches: list[NextItems]) -> list[dict[str, Any]]:
+def _operators(learner: Learner, drawn: list[NextItems]) -> list[dict[str, Any]]:
     """Which operators take the most of the steps' time of their own; the rest together."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for batch in batches:
+        for batch in drawn:
             learner.train_step(batch)
     averages = sorted(seen.key_averages(), key=lambda one: -one.self_cpu_time_total)
     whole = sum(one.self_cpu_time_total for one in averages)

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from rayrec.catalogue import Catalogue
 from rayrec.config import ServeConfig
-from rayrec.errors import BundleError, RayrecError
+from rayrec.errors import BundleError, RayrecError, StateError
 from rayrec.evaluation.experiment import Experiment, reply, running
 from rayrec.ranking.pipeline import Ranker
 from rayrec.ranking.requests import Request
@@ -211,13 +211,16 @@ class Live:
             self.trial, self._refused_trial = None, None
             return
         try:
-            self.trial = Trial(wanted, await asyncio.to_thread(self._ready, wanted.version))
+            trial = Trial(wanted, await asyncio.to_thread(self._ready, wanted.version))
+        except StateError:  # says nothing of the model: it is tried again
+            raise
         except RayrecError as error:
-            self.trial, self._refused_trial = None, wanted
             log.error("refused model %s of experiment '%s': %s", wanted.version, wanted.name, error)
             await asyncio.to_thread(reply, self.state, wanted, str(error))
+            self.trial, self._refused_trial = None, wanted
         else:
             await asyncio.to_thread(reply, self.state, wanted)
+            self.trial = trial
 
     async def _follow_model(self) -> None:
         wanted = await asyncio.to_thread(self.state.setting, ACTIVE_MODEL)
