@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from shopfake import FakeScorer, catalogue
 from webclient import Client
 
@@ -21,6 +22,7 @@ from rayrec.errors import StateError
 from rayrec.serving import wire
 from rayrec.serving.batching import Batcher, OverCapacityError
 from rayrec.serving.guard import Guard, is_loopback
+from rayrec.serving.metrics import Metrics
 from rayrec.serving.web import create_app
 from rayrec.state import State, open_state
 
@@ -465,7 +467,7 @@ def test_a_late_list_is_what_is_popular(tmp_path: Path) -> None:
     late = ask(client, **body)
     assert time.monotonic() - started < 0.9
     assert (late["served_by"], len(late["items"])) == ("popular", 5)
-    assert 'rayrec_answers_without_total{what="time"} 1.0' in client.get("/metrics").text
+    assert 'rayrec_answers_without_total{what="time"} 1.0' in counted(client)
     scorer.seconds = 0.0
     time.sleep(1.0)
     assert ask(client, **body)["served_by"] == "model"
@@ -484,7 +486,7 @@ def test_a_state_that_is_away_refuses_events_and_answers_lists(
         monkeypatch.setattr(state, name, away)
     problem(client.post("/v1/events", {"events": [event()]}), 503)
     assert ask(client, user_id="u")["served_by"] == "popular"
-    text = client.get("/metrics").text
+    text = counted(client)
     assert 'rayrec_answers_without_total{what="state"} 1.0' in text
     assert 'rayrec_answers_without_total{what="log"} 1.0' in text
 
@@ -504,10 +506,46 @@ def test_health(client: Client, state: State, monkeypatch: pytest.MonkeyPatch) -
     assert refused.headers["retry-after"] == "1"
 
 
+def counted(client: Client) -> str:
+    """What `/metrics` says, without the label that names the replica."""
+    text = client.get("/metrics").text
+    assert all('replica="' in line for line in text.splitlines() if not line.startswith("#"))
+    return re.sub(r',replica="\w+"|replica="\w+",?', "", text).replace("{}", "")
+
+
+def test_the_metrics_of_all_replicas_add_up(client: Client, state: State) -> None:
+    other = Metrics("two")
+    other.serves("v6")
+    for _ in range(3):
+        other.requested("/v1/recommend", 200, 0.001)
+    state.beat("two", "v6", other.text())
+    ask(client)
+    families = list(text_string_to_metric_families(client.get("/metrics").text))
+    assert len({family.name for family in families}) == len(families)
+    values = {
+        (sample.labels["replica"], sample.labels.get("version"), sample.value)
+        for family in families
+        for sample in family.samples
+        if sample.name == "rayrec_model_info" or (sample.name == "rayrec_requests_total" and sample.value)
+    }
+    assert values == {("one", "v7", 1.0), ("two", "v6", 1.0), ("one", None, 1.0), ("two", None, 3.0)}
+
+
+def test_metrics_of_one_replica_while_the_state_is_away(
+    client: Client, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> Any:
+        raise StateError("away")
+
+    monkeypatch.setattr(state, "replicas", away)
+    ask(client)
+    assert 'rayrec_lists_total{scene="home"} 1.0' in counted(client)
+
+
 def test_metrics_count_without_naming_anyone(client: Client) -> None:
     store(client, event(user_id="somebody", event_id="e"), event(user_id="somebody", event_id="e"), event(action="?"))
     ask(client, user_id="somebody", filters={"exclude": ["green-0"]})
-    text = client.get("/metrics").text
+    text = counted(client)
     for line in (
         'rayrec_answers_total{served_by="model"} 1.0',
         'rayrec_events_total{outcome="accepted"} 1.0',
@@ -529,10 +567,10 @@ def test_lists_whose_scores_were_known_are_counted(client: Client) -> None:
     store(client, event("red-1", "view", user_id="again"))
     for _ in range(3):
         ask(client, user_id="again", store=False)
-    assert "rayrec_lists_remembered_total 2.0" in client.get("/metrics").text
+    assert "rayrec_lists_remembered_total 2.0" in counted(client)
     store(client, event("red-2", "view", user_id="again"))
     ask(client, user_id="again")
-    assert "rayrec_lists_remembered_total 2.0" in client.get("/metrics").text
+    assert "rayrec_lists_remembered_total 2.0" in counted(client)
 
 
 def test_every_request_is_counted_by_route_and_status_and_no_label_holds_an_id(client: Client) -> None:
@@ -540,7 +578,7 @@ def test_every_request_is_counted_by_route_and_status_and_no_label_holds_an_id(c
     client.post("/v1/recommend", {"k": 0})
     client.get("/v1/items/nobody-sells-this")
     client.get("/no/such/place")
-    text = client.get("/metrics").text
+    text = counted(client)
     for route, status in (
         ("/v1/recommend", 200),
         ("/v1/recommend", 422),
@@ -555,7 +593,7 @@ def test_every_request_is_counted_by_route_and_status_and_no_label_holds_an_id(c
 
 def test_the_cart_is_worth_something(client: Client) -> None:
     ask(client, scene="cart", context={"cart": ["red-0", "red-3"]})
-    assert "rayrec_basket_value_sum 5.0" in client.get("/metrics").text
+    assert "rayrec_basket_value_sum 5.0" in counted(client)
 
 
 def base(metric: str) -> str:
@@ -563,7 +601,7 @@ def base(metric: str) -> str:
 
 
 def test_the_dashboard_asks_for_what_is_measured_and_leaves_nothing_out(client: Client) -> None:
-    measured = {line.split()[2] for line in client.get("/metrics").text.splitlines() if line.startswith("# TYPE ")}
+    measured = {line.split()[2] for line in counted(client).splitlines() if line.startswith("# TYPE ")}
     measured = {name for name in measured if not name.endswith("_created")}
     dashboard = json.loads((Path(__file__).resolve().parents[1] / "jobs" / "grafana" / "rayrec.json").read_text())
     exprs = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

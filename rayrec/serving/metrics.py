@@ -1,13 +1,15 @@
-"""What one replica counts and times, in the text format of Prometheus.
+"""What replicas count and time, in the text format of Prometheus.
 
 In: what happened. Out: the text of `/metrics`. It must not know visitors: no label holds an id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
 from rayrec.ranking.requests import Answer
 from rayrec.serving.wire import EventsAnswer
@@ -17,10 +19,10 @@ BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0
 
 
 class Metrics:
-    """Counters of one replica; a scraper adds replicas up."""
+    """Counters of one replica, which all its series name: those of several add up, and one that ends resets no sum."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, replica_id: str) -> None:
+        self._replica_id, self.registry = replica_id, CollectorRegistry()
         self._requests = Counter("rayrec_requests", "Requests answered", ["route", "status"], registry=self.registry)
         self._request_s = Histogram(
             "rayrec_request_seconds",
@@ -99,6 +101,26 @@ class Metrics:
         ):
             self._events.labels(outcome).inc(n)
 
-    def text(self) -> bytes:
+    def collect(self) -> Iterator[Metric]:
+        """All of it, each series with the replica that counted it."""
+        for family in self.registry.collect():
+            family.samples = [
+                sample._replace(labels={**sample.labels, "replica": self._replica_id}) for sample in family.samples
+            ]
+            yield family
+
+    def text(self) -> str:
         """All of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
+        return generate_latest(self).decode()
+
+
+def together(texts: Sequence[str]) -> str:
+    """What several replicas say as one text: the series of a metric stand behind one heading, as Prometheus asks."""
+    families: dict[tuple[str, str], list[str]] = {}
+    for text in texts:
+        for family in re.split(r"^# HELP ", text, flags=re.MULTILINE)[1:]:
+            explained, kind, *series = family.splitlines()
+            families.setdefault((explained, kind), []).extend(series)
+    return "".join(
+        "\n".join((f"# HELP {explained}", kind, *series, "")) for (explained, kind), series in families.items()
+    )

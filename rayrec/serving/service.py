@@ -25,7 +25,7 @@ from rayrec.serving import wire
 from rayrec.serving.batching import Batcher
 from rayrec.serving.keys import LOCAL, Caller
 from rayrec.serving.live import Cards, Edit, ImageOf, Live, Load, Loaded, Model
-from rayrec.serving.metrics import Metrics
+from rayrec.serving.metrics import Metrics, together
 from rayrec.serving.problems import ProblemError
 from rayrec.state.protocol import REPLICA_ALIVE_MS, Event, Outcome, State
 
@@ -54,7 +54,7 @@ class Service:
         self.state, self.config = state, config
         self.replica_id = replica_id or uuid.uuid4().hex[:8]
         self.live = Live(Model(model, Loaded(scorer, image_of, edit), config), config, state, load)
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.replica_id)
         self.started = time.monotonic()
         waiting = config.max_queued_requests
         self.lists: Batcher[requests.Request, tuple[requests.Answer, Cards]] = Batcher(
@@ -195,12 +195,32 @@ class Service:
             try:
                 await self.live.follow()
                 await self.live.follow_trends()
-                await asyncio.to_thread(self.state.beat, self.replica_id, self.live.model.version)
+                await asyncio.to_thread(self._report)
             except StateError as error:
                 log.warning("cannot report this replica: %s", error)
             except Exception:  # a replica that stops following serves an old model for ever, and nobody sees it
                 log.exception("cannot follow or report; trying again")
             await asyncio.sleep(BEAT_EVERY_S)
+
+    def _report(self) -> None:
+        self.state.beat(self.replica_id, self.live.model.version, self._counted())
+
+    def _counted(self) -> str:
+        self.metrics.serves(self.live.model.version)
+        return self.metrics.text()
+
+    async def counted(self) -> str:
+        """What all replicas have counted, in Prometheus' words: this one until now, the others until a second ago.
+
+        While the state is away it is this one alone.
+        """
+        try:
+            replicas = await asyncio.to_thread(self.state.replicas, REPLICA_ALIVE_MS)
+        except StateError as error:
+            log.warning("cannot ask what the other replicas counted: %s", error)
+            replicas = []
+        others = [replica.metrics for replica in replicas if replica.replica_id != self.replica_id]
+        return together([self._counted(), *others])
 
     async def follow_items(self) -> None:
         """Keep the catalogue up to date for as long as this replica lives."""

@@ -262,9 +262,8 @@ def _add_service_routes(app: FastAPI, service: Service, audit: Audit) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Counters and timings of the replica that answers, for Prometheus."""
-        service.metrics.serves(service.live.model.version)
-        return Response(service.metrics.text(), media_type=MEDIA_TYPE)
+        """Counters and timings of all replicas, for Prometheus."""
+        return Response(await service.counted(), media_type=MEDIA_TYPE)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def storefront() -> Response:

@@ -145,6 +145,7 @@ class Replica(NamedTuple):
     replica_id: str
     model: str
     beat_ms: int
+    metrics: str  # what it has counted, as it put it
 
 
 class Past(Protocol):
@@ -212,8 +213,8 @@ class State(Past, Protocol):
     def changes(self, since: int, limit: int = 1000) -> list[Change]:
         """Entries of the change feed after `since`, oldest first. Only the newest hundred thousand are kept."""
 
-    def beat(self, replica_id: str, model: str) -> None:
-        """Say that a replica is alive and which model it serves."""
+    def beat(self, replica_id: str, model: str, metrics: str = "") -> None:
+        """Say that a replica is alive, which model it serves and what it has counted."""
 
     def leave(self, replica_id: str) -> None:
         """Say that a replica stops."""

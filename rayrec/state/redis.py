@@ -212,9 +212,9 @@ end
 return out
 """
 
-# ARGV: replica, model.
+# ARGV: replica, model, what it has counted.
 _BEAT = f"""
-redis.call('HSET', P .. 'replicas', ARGV[1], cjson.encode({{now_ms(), ARGV[2]}}))
+redis.call('HSET', P .. 'replicas', ARGV[1], cjson.encode({{now_ms(), ARGV[2], ARGV[3]}}))
 local all = redis.call('HGETALL', P .. 'replicas')
 for i = 1, #all, 2 do
   if cjson.decode(all[i + 1])[1] < now_ms() - {FORGET_REPLICA_MS} then redis.call('HDEL', P .. 'replicas', all[i]) end
@@ -226,7 +226,7 @@ _REPLICAS = """
 local out, all = {}, redis.call('HGETALL', P .. 'replicas')
 for i = 1, #all, 2 do
   local beat = cjson.decode(all[i + 1])
-  if beat[1] >= now_ms() - ARGV[1] then out[#out + 1] = {all[i], beat[2], beat[1]} end
+  if beat[1] >= now_ms() - ARGV[1] then out[#out + 1] = {all[i], beat[2], beat[1], beat[3] or ''} end
 end
 return out
 """
@@ -411,9 +411,9 @@ class RedisState:
         )
         return [Change(*json.loads(member)) for member in found]
 
-    def beat(self, replica_id: str, model: str) -> None:
+    def beat(self, replica_id: str, model: str, metrics: str = "") -> None:
         """See `protocol.State`."""
-        self._run("beat", [replica_id, model])
+        self._run("beat", [replica_id, model, metrics])
 
     def leave(self, replica_id: str) -> None:
         """See `protocol.State`."""

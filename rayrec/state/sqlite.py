@@ -83,7 +83,8 @@ CREATE TABLE items (
   item_id TEXT PRIMARY KEY, seq INTEGER NOT NULL, facts TEXT NOT NULL, picture_seq INTEGER NOT NULL, picture BLOB);
 CREATE INDEX items_seq ON items (seq, item_id, facts, picture_seq);
 """
-STEPS = (SCHEMA, ITEMS_SCHEMA)
+METRICS_SCHEMA = "ALTER TABLE replicas ADD COLUMN metrics TEXT NOT NULL DEFAULT ''"
+STEPS = (SCHEMA, ITEMS_SCHEMA, METRICS_SCHEMA)
 """What each version added. Only ever append: a state of an earlier one is brought up to date when it is opened."""
 
 EVENT_COLUMNS = tuple(field.name for field in fields(Event))
@@ -319,10 +320,11 @@ class SqliteState:
             ).fetchall()
         return [Change(*row) for row in rows]
 
-    def beat(self, replica_id: str, model: str) -> None:
+    def beat(self, replica_id: str, model: str, metrics: str = "") -> None:
         """See `protocol.State`."""
         with self._write() as db:
-            db.execute("INSERT OR REPLACE INTO replicas VALUES (?, ?, ?)", (replica_id, model, _now_ms()))
+            row = (replica_id, model, _now_ms(), metrics)
+            db.execute("INSERT OR REPLACE INTO replicas VALUES (?, ?, ?, ?)", row)
             db.execute("DELETE FROM replicas WHERE beat_ms < ?", (_now_ms() - FORGET_REPLICA_MS,))
 
     def leave(self, replica_id: str) -> None:
@@ -334,7 +336,7 @@ class SqliteState:
         """See `protocol.State`."""
         with self._read() as db:
             rows = db.execute(
-                "SELECT replica_id, model, beat_ms FROM replicas WHERE beat_ms >= ? ORDER BY replica_id",
+                "SELECT replica_id, model, beat_ms, metrics FROM replicas WHERE beat_ms >= ? ORDER BY replica_id",
                 (_now_ms() - within_ms,),
             ).fetchall()
         return [Replica(*row) for row in rows]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from rayrec.errors import StateError, UsageError
 from rayrec.state import State, absolute_url, open_state
 from rayrec.state.protocol import Act, Event, History, ItemEdit, Shown
-from rayrec.state.sqlite import SqliteState
+from rayrec.state.sqlite import STEPS, SqliteState
 
 NOW_MS = time.time_ns() // 1_000_000
 
@@ -228,6 +228,8 @@ def test_replicas_are_those_that_beat_lately(state: State) -> None:
     state.beat("one", "m")
     state.beat("two", "m")
     assert [replica.replica_id for replica in state.replicas(60_000)] == ["one", "two"]
+    state.beat("two", "m", 'lists{scene="home"} 1\n')
+    assert [replica.metrics for replica in state.replicas(60_000)] == ["", 'lists{scene="home"} 1\n']
     state.leave("one")
     assert [replica.replica_id for replica in state.replicas(60_000)] == ["two"]
     time.sleep(0.02)
@@ -467,14 +469,18 @@ def test_edits_of_many_at_once_all_count(state: State) -> None:
     assert state.item_edits(0)[0].facts == {f"fact{n}": n for n in range(40)}
 
 
-def test_a_state_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", range(1, len(STEPS)))
+def test_a_state_of_an_earlier_version_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
     path = tmp_path / "state.db"
-    SqliteState(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("DROP TABLE items")
-        db.execute("PRAGMA user_version = 1")
+        for step in STEPS[:version]:
+            db.executescript(step)
+        db.execute("INSERT INTO secrets VALUES ('tombstones', ?)", (b"k" * 32,))
+        db.execute(f"PRAGMA user_version = {version}")
     db.close()
     state = SqliteState(path)
     state.put_item("a", {"price": 1})
     assert [edit.item_id for edit in state.item_edits(0)] == ["a"]
+    state.beat("one", "m", "counted")
+    assert [replica.metrics for replica in state.replicas(60_000)] == ["counted"]
     state.close()
