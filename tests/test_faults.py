@@ -307,6 +307,7 @@ def test_a_broken_version_is_refused_and_the_old_one_goes_on(pair: Service, bund
     told = strike(pair, lambda: refused.append(activate(pair, broken)), "a broken version activated")
     assert refused[0].status_code == 409
     assert "goes on" in refused[0].json()["detail"]
+    assert str(bundles) not in refused[0].text
     assert (told.failed, told.degraded, told.lost) == (0, 0, 0)
     assert pair.seen() == live
 

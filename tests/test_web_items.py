@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from webclient import Client
 
 from rayrec.bundle import Bundle
 from rayrec.config import ServeConfig
-from rayrec.errors import UsageError
+from rayrec.errors import BundleError, UsageError
 from rayrec.model import scorer as scorer_module
+from rayrec.serving.app import load_version
 from rayrec.serving.editing import editor
 from rayrec.serving.live import Loaded
-from rayrec.serving.pictures import Pictures, fetched
+from rayrec.serving.pictures import fetched
 from rayrec.serving.problems import ProblemError
 from rayrec.serving.scorer import load_scorer
 from rayrec.serving.web import create_app
@@ -63,9 +65,7 @@ def start(bundle: Bundle, tmp_path: Path) -> Iterator[Start]:
 
     def start(*settings: str) -> Client:
         def load(version: str) -> Loaded:
-            if version != bundle.version:
-                raise UsageError(f"no bundle '{version}'")
-            return Loaded(load_scorer(bundle), Pictures(bundle), editor(bundle))
+            return load_version(str(bundle.path.parent), version, load_scorer)
 
         loaded = load(bundle.version)
         config = with_settings(ServeConfig(diversity=0), settings)
@@ -300,6 +300,20 @@ def test_without_the_network_that_reads_pictures_the_rest_is_applied(
     put(client, "fresh", **RED, image="data:image/jpeg;base64," + base64.b64encode(jpeg((1, 2, 3))).decode())
     soon(lambda: item(client, "fresh") is not None)
     assert "fresh" in listed(client)
+
+
+def test_a_broken_version_is_refused_and_nobody_is_told_where_it_lies(bundle: Bundle, tmp_path: Path) -> None:
+    good = load_version(str(bundle.path.parent), bundle.version, load_scorer)
+    assert good.edit is not None
+    shutil.copytree(bundle.path, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BundleError) as refused:
+        load_version(str(tmp_path), "broken", load_scorer)
+    assert "model.safetensors" in str(refused.value)
+    assert str(tmp_path) not in str(refused.value)
+    with pytest.raises(UsageError, match="there is no version 'other' beside the live one; there are broken"):
+        load_version(str(tmp_path), "other", load_scorer)
 
 
 def test_a_model_given_alone_takes_no_edits(bundle: Bundle, tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from ray.exceptions import RayError
 from rayrec import cluster
 from rayrec.bundle import Bundle, current_version, versions
 from rayrec.config import ServeConfig
-from rayrec.errors import RayrecError, ResourceError, UsageError
+from rayrec.errors import BundleError, RayrecError, ResourceError, UsageError
 from rayrec.progress import step
+from rayrec.ranking import scoring
 from rayrec.serving import haproxy
 from rayrec.serving.guard import is_loopback
 from rayrec.serving.keys import KEYS, Keys, own_headers
@@ -244,16 +245,7 @@ class Replica:
 
     def load(self, version: str) -> Loaded:
         """A version of the same BUNDLES folder. Raises UsageError, BundleError."""
-        from rayrec.model.scorer import Scorer
-        from rayrec.serving.editing import editor
-        from rayrec.serving.pictures import Pictures
-
-        there = versions(self._bundles)
-        if version not in there:  # what opens a bundle would tell callers where it looked for it
-            raise UsageError(f"there is no version '{version}' beside the live one; there are {', '.join(there)}")
-        bundle = Bundle.open(f"{self._bundles}/{version}")
-        scorer = self._load_scorer(bundle)
-        return Loaded(scorer, Pictures(bundle), editor(bundle) if isinstance(scorer, Scorer) else None)
+        return load_version(self._bundles, version, self._load_scorer)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray Serve once this replica is constructed."""
@@ -273,6 +265,26 @@ class Replica:
             replica_id=serve.get_replica_context().replica_tag,
             answers_id=False,  # Ray does
         )
+
+
+def load_version(bundles: str, version: str, load_scorer: Callable[[Bundle], scoring.Scorer]) -> Loaded:
+    """One of the versions of a BUNDLES folder. What is raised goes to callers, and does not tell where that lies.
+
+    Raises UsageError if there is none of that name, BundleError for one that is broken.
+    """
+    from rayrec.model.scorer import Scorer
+    from rayrec.serving.editing import editor
+    from rayrec.serving.pictures import Pictures
+
+    there = versions(bundles)
+    if version not in there:  # what opens a bundle would say where it looked for it
+        raise UsageError(f"there is no version '{version}' beside the live one; there are {', '.join(there)}")
+    try:
+        bundle = Bundle.open(f"{bundles}/{version}")
+        scorer = load_scorer(bundle)
+    except (RayrecError, OSError, ValueError) as error:
+        raise BundleError(str(error).replace(f"{bundles}/", "")) from error
+    return Loaded(scorer, Pictures(bundle), editor(bundle) if isinstance(scorer, Scorer) else None)
 
 
 def _listen_on_this_node_only() -> None:
