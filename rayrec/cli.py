@@ -221,6 +221,9 @@ def evaluate(
     bundle: Annotated[str, typer.Argument(help="A bundle, or a BUNDLES folder.")],
     dataset: Annotated[str, typer.Argument(help="The dataset folder.")],
     split: Annotated[Split, typer.Option(help="Which targets.")] = Split.TEST,
+    users: Annotated[
+        int | None, typer.Option(min=1, help="Ask only about a sample of so many users, the same ones each time.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write the report here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -231,7 +234,7 @@ def evaluate(
 
     require_absolute(bundle, dataset, report)
     try:
-        result = judge(bundle, dataset, split.value, report)
+        result = judge(bundle, dataset, split.value, report, users=users)
     finally:
         disconnect()
     for line in table_lines(result):

@@ -247,7 +247,7 @@ def test_a_sample_of_users_is_seeded_and_of_the_size_asked_for(tmp_path: Path) -
         ranker = maker(ScoreTable(next=range(20)))
         return evaluate(ranker, dataset, "test", max_len=5, users=users, seed=seed, parallel=False, floors=False)
 
-    assert sampled(10, 0)["next"]["users"] == 10
+    assert sampled(10, 0)["next"]["users"] == sampled(10, 0)["settings"]["sampled_users"] == 10
     assert sampled(10, 0) == sampled(10, 0)
     assert sampled(10, 0)["next"] != sampled(10, 1)["next"]
     everybody = sampled(10_000, 0)["next"]["users"]

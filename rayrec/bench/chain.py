@@ -19,6 +19,8 @@ from rayrec.progress import step
 
 EVENTS_PER_USER = 20
 N_ITEMS = 20_000
+ASKED = 5_000
+"""Visitors to evaluate on: to ask about all of them says nothing more, and takes hours where they are millions."""
 SETTINGS = (
     "train.epochs=1",
     "train.fusion_epochs=0",
@@ -41,7 +43,7 @@ def run(events: int, out: Path, settings: list[str]) -> dict[str, Any]:
         "sample": [raw, "--users", str(users), "--items", str(N_ITEMS), "--events", str(events)],
         "prepare": [raw, dataset],
         "train": [dataset, bundles, *chosen],
-        "evaluate": [bundles, dataset],
+        "evaluate": [bundles, dataset, "--users", str(ASKED)],
     }
     made = {"sample": raw, "prepare": dataset, "train": bundles}
     steps: dict[str, dict[str, Any]] = {}

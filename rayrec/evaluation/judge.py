@@ -60,7 +60,7 @@ def evaluate(
     make_ranker: called once in each process that asks; must be picklable if `parallel`.
     max_len: newest events of a history that a ranker reads (what was seen is masked by the whole of it).
     batch: users a call: it bounds memory to a few times batch * items * 4 bytes a process.
-    users: ask only a seeded sample of so many tested users; None asks all.
+    users: ask only a seeded sample of so many tested users, which shards do not change; None asks all.
     parallel: spread users over the running Ray cluster; False stays in this process and needs no Ray.
     floors, protocols: what to leave out where speed matters, as in validation during training.
 
@@ -87,7 +87,9 @@ def evaluate(
         answers = replay_in_shards(dataset, makers, settings)
     else:
         answers = replay({name: make() for name, make in makers.items()}, sequences, settings)
-    return summarise(answers, catalogue, settings, tuple(makers))
+    result = summarise(answers, catalogue, settings, tuple(makers))
+    result["settings"]["sampled_users"] = users
+    return result
 
 
 def cold_items(catalogue: Catalogue) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ def table_lines(result: dict[str, Any], oracle: dict[str, Any] | None = None) ->
     rows = {"oracle": oracle} if oracle else {}
     rows["model"] = result
     rows |= {name: {"metrics": floor, **floor} for name, floor in result["floors"].items()}
-    lines = [f"{result['users']} test users, {result['items']} items; NDCG@10 (HR@10) of the next"]
+    sampled = " (a sample)" if result["settings"]["sampled_users"] else ""
+    lines = [f"{result['users']} test users{sampled}, {result['items']} items; NDCG@10 (HR@10) of the next"]
     lines.append(f"{'':<10}" + "".join(f"{title:>18}" for title in COLUMNS.values()))
     for name, body in rows.items():
         cells = [_cell((body or {}).get(protocol, {})) for protocol in COLUMNS]

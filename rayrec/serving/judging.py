@@ -21,8 +21,12 @@ from rayrec.progress import timed
 from rayrec.serving.scorer import scorer_maker
 
 
-def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None = None) -> dict[str, Any]:
+def judge(
+    bundle_path: str, dataset_path: str, split: Split, report: Path | None = None, users: int | None = None
+) -> dict[str, Any]:
     """Evaluate a bundle on a split, over the Ray cluster; keep the figures in its metrics.json and report.html.
+
+    users: see `evaluate`.
 
     Raises DataError if the bundle was trained on other items than the dataset holds, UsageError at once if there is
     no folder for `report`, ResourceError if the figures cannot be written.
@@ -40,8 +44,9 @@ def judge(bundle_path: str, dataset_path: str, split: Split, report: Path | None
     batch = users_at_once(n_items)
     with timed(f"evaluate: {split} split, full ranking over {n_items} items"):
         result = evaluate(
-            scorer_maker(bundle.location), dataset, split, max_len=bundle.config.model.max_len, batch=batch
-        )
+            *(scorer_maker(bundle.location), dataset, split),
+            max_len=bundle.config.model.max_len, batch=batch, users=users,
+        )  # fmt: skip
     _keep(bundle, split, result, {"dataset": dataset.manifest.get("counts", {}), "bundle": _facts(bundle)}, report)
     return result
 
