@@ -198,6 +198,9 @@ class TrainConfig(Settings):
     id_optimizer: Literal["adamw", "rowwise_adagrad"] = Field(
         "adamw", description="of the table of ids; row-wise: a step moves what it read, one number of state a row"
     )
+    id_held: Literal["all", "share"] = Field(
+        "all", description="rows of the table of ids that a worker holds; share: its part, the others' come as read"
+    )
     id_lr: float = Field(30.0, gt=0, description="times `lr` with which rowwise_adagrad learns")
     loss: Literal["softmax", "bpr_max", "gbce"] = "softmax"
     negatives: int = Field(
@@ -257,6 +260,8 @@ class Config(Settings):
     def _there_is_a_table(self) -> Config:
         if self.train.id_optimizer != "adamw" and (self.model.kind == "paper" or not self.model.use_id):
             raise ValueError(f"train.id_optimizer={self.train.id_optimizer}: this model has no table of ids")
+        if self.train.id_held == "share" and self.train.id_optimizer != "rowwise_adagrad":
+            raise ValueError("train.id_held=share needs train.id_optimizer=rowwise_adagrad, which moves rows alone")
         return self
 
 

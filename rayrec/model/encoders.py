@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from rayrec.catalogue import Catalogue, Ragged
 from rayrec.config import SCRATCH, ModelConfig
 from rayrec.model.backbone import HEAD, above, layers
+from rayrec.model.shared_ids import SharedIds
 from rayrec.schema import TITLE_BUCKETS
 
 MAX_CODES = 16
@@ -264,6 +265,11 @@ def picture_encoder(config: ModelConfig) -> ImageCNN | PretrainedCNN:
     return PretrainedCNN(config.image_train, config.width)
 
 
+def looked_up(vector_ND: Tensor, item_X: Tensor) -> Tensor:
+    """Rows of a table that may lie on another device than those who ask: [N + 1, D], [...] int64 -> [..., D]."""
+    return F.embedding(item_X.to(vector_ND.device), vector_ND).to(item_X.device)
+
+
 def _only(vector_RD: Tensor, wanted_R: Tensor) -> Tensor:
     """The other rows at zero; mostly there are none, and then nothing is computed."""
     return vector_RD if bool(wanted_R.all()) else vector_RD * wanted_R[:, None]
@@ -304,7 +310,9 @@ class ItemEncoder(nn.Module):
         super().__init__()
         width = config.width
         self.config = config
-        self.id = nn.Embedding(n_items + 1, width, padding_idx=0) if config.use_id else None
+        self.id: nn.Embedding | SharedIds | None = None
+        if config.use_id:
+            self.id = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.cnn = picture_encoder(config) if config.use_image else None
         self.recompute = 0  # pictures at a time, see train.image_recompute
         self.frozen_features = isinstance(self.cnn, PretrainedCNN) and not len(self.cnn.upper)

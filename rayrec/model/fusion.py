@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rayrec.config import ModelConfig
 from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import FOLLOW_FEATURES
-from rayrec.model.encoders import ItemTable
+from rayrec.model.encoders import ItemTable, looked_up
 from rayrec.schema import ACTION_CODE, HEAD_ACTIONS, HEADS
 
 TOUCHES = ("view", "click", "cart", "favorite", "purchase")
@@ -63,7 +63,7 @@ class Fusion(nn.Module):
 
         follow_BCF: [B, C, FOLLOW_FEATURES], how the candidate followed the visitor's items in the past.
         """
-        vector_BCD, past_BLD = F.embedding(candidate_BC, vector_ND), F.embedding(history.item_BL, vector_ND)
+        vector_BCD, past_BLD = looked_up(vector_ND, candidate_BC), looked_up(vector_ND, history.item_BL)
         feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BCF)
         hidden_BCW = self.hidden(feature_BCF)
         next_BC1 = self._own(feature_BCF, hidden_BCW, slice(0, 1))

@@ -18,14 +18,17 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import SCRATCH, Config, ModelConfig
 from rayrec.model.backbone import below, encode, pretrained, reading_size
 from rayrec.model.behaviour import Behaviour, HistoryTensors, last_BD
-from rayrec.model.encoders import Fresh, ItemEncoder, ItemTable, PretrainedCNN, shrink
+from rayrec.model.encoders import Fresh, ItemEncoder, ItemTable, PretrainedCNN, looked_up, shrink
 from rayrec.model.fusion import Fusion, teaches
 from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, nothing, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
 from rayrec.model.paper import PaperModel
+from rayrec.model.shared_ids import Send, SharedIds
 from rayrec.schema import HEADS
 
 SAMPLED_NEGATIVES = 1024
+READS_A_STEP = 2
+"""Of the table of ids: what was met or chosen, and what might have been."""
 ROWS_AT_ONCE = 1 << 17
 
 
@@ -100,7 +103,7 @@ class Recommender(nn.Module):
         None costs nothing. scale_K: of each of the means that make up the loss, see `targets`.
         """
         if batch is None:
-            return nothing(self, self.sparse_parameters())
+            return self._nothing()
         loss_K = self._retrieval_loss(batch)[None] if isinstance(batch, NextItems) else self._fusion_losses(batch)
         return (loss_K if scale_K is None else loss_K * scale_K).sum()
 
@@ -116,7 +119,7 @@ class Recommender(nn.Module):
         real_BL = batch.target_BL > 0
         target_P = batch.target_BL[real_BL]
         if not len(target_P):
-            return nothing(self, self.sparse_parameters())
+            return self._nothing()
         past_BL = batch.history.item_BL
         n_past = past_BL.numel()
         used = torch.cat([past_BL.flatten(), target_P])
@@ -136,6 +139,11 @@ class Recommender(nn.Module):
         if self.config.train.loss == "gbce":
             return gbce(*scored, n_items=int(self.items.warm_N.sum()))
         return sampled_softmax(*scored, self.sampler.log_q_N.to(target_P.device))
+
+    def _nothing(self) -> Tensor:
+        if isinstance(self.item_encoder.id, SharedIds) and self.vector_ND is None:
+            self.item_encoder.id.takes_no_part(READS_A_STEP)
+        return nothing(self, self.sparse_parameters())
 
     def _warm(self) -> Tensor:
         return torch.nonzero(self.items.warm_N).squeeze(1)
@@ -208,15 +216,23 @@ class Recommender(nn.Module):
 
     @torch.no_grad()
     def encode_items(self) -> Tensor:
-        """Vectors of all items, row 0 zeros. [N + 1, D] float32."""
+        """Vectors of all items, row 0 zeros. [N + 1, D] float32; in main memory where workers share the ids."""
         was_training = self.training
         self.eval()
         self.refresh()
         rows_N = torch.arange(len(self.items.brand_N), device=self.items.brand_N.device)
         # In parts: what a vector is the sum of takes as much memory as the vectors, several times over.
-        vector_ND = torch.cat([self.item_encoder(self.items, part) for part in rows_N.split(ROWS_AT_ONCE)])
+        kept_on = torch.device("cpu") if isinstance(self.item_encoder.id, SharedIds) else rows_N.device
+        parts = (self.item_encoder(self.items, part).to(kept_on) for part in rows_N.split(ROWS_AT_ONCE))
+        vector_ND = torch.cat(list(parts))
         self.train(was_training)
         return vector_ND
+
+    def share_ids(self, rank: int, world: int, send: Send) -> SharedIds:
+        """Keep of the table of ids the part of one of `world` workers, who get the rest from each other."""
+        assert self.item_encoder.id is not None
+        self.item_encoder.id = shared = SharedIds(self.item_encoder.id.weight, rank, world, send)
+        return shared
 
     def passing(self) -> dict[str, Tensor]:
         """What lives between steps and is no weight: for going on in the middle of an epoch. Own copies."""
@@ -253,7 +269,7 @@ class Recommender(nn.Module):
 
     def encode_users(self, history: HistoryTensors, vector_ND: Tensor) -> Tensor:
         """What each visitor wants next. [B, D] float32; zeros without history."""
-        return last_BD(self.behaviour(vector_ND[history.item_BL], history), history.length_B)
+        return last_BD(self.behaviour(looked_up(vector_ND, history.item_BL), history), history.length_B)
 
     def fuse(
         self, history: HistoryTensors, user_BD: Tensor, candidate_BC: Tensor, vector_ND: Tensor, follow_BCF: Tensor

@@ -30,7 +30,8 @@ Ints = npt.NDArray[np.int64]
 class Scorer:
     """Ranks items for visitors; the same object judges in evaluation and answers in serving.
 
-    vectors_ND: [N + 1, D] float32, row 0 zeros. followers: what follows what.
+    vectors_ND: [N + 1, D] float32, row 0 zeros. vectors_on: the device that keeps them, the model's if None.
+    followers: what follows what.
     fused: rank by the fusion; without it by inner product alone (always so for the paper's model).
     """
 
@@ -43,6 +44,7 @@ class Scorer:
         clock: str,
         *,
         fused: bool = True,
+        vectors_on: torch.device | None = None,
     ) -> None:
         self.model = model.eval()
         self.catalogue = catalogue
@@ -57,7 +59,7 @@ class Scorer:
         self._warm_N = catalogue.n_train > 0
         self._popular_N = np.argsort(-catalogue.n_train[1:], kind="stable") + 1
         self._device = next(model.parameters()).device
-        self._vector_ND = torch.from_numpy(np.array(vectors_ND, np.float32)).to(self._device)
+        self._vector_ND = torch.from_numpy(np.array(vectors_ND, np.float32)).to(vectors_on or self._device)
 
     def over(self, catalogue: Catalogue, row_R: Ints, pixels: Mapping[int, npt.NDArray[np.uint8]]) -> Scorer:
         """The same model after a shop's edits: `row_R` are the rows that changed or are new, all others stay.
@@ -138,7 +140,7 @@ class Scorer:
     def _by_model(self, user_BD: Floats) -> Floats:
         """Inner products with every item; -inf for padding. [B, N + 1] float32."""
         # By torch, since a second pool of threads (numpy's) would fight with its own.
-        model_BN: Floats = (torch.from_numpy(user_BD).to(self._device) @ self._vector_ND.T).cpu().numpy()
+        model_BN: Floats = (torch.from_numpy(user_BD).to(self._vector_ND.device) @ self._vector_ND.T).cpu().numpy()
         model_BN[:, 0] = -np.inf
         return model_BN
 

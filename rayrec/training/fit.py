@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,8 @@ from rayrec.training.batches import (
 from rayrec.training.calibrate import calibrate
 from rayrec.training.checkpoints import STATE
 from rayrec.training.held_images import held_images
-from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, Together, dealt, train_epoch
+from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, dealt, train_epoch
+from rayrec.training.parts import Parts, Sharing
 from rayrec.training.runs import differences
 from rayrec.training.warm_start import warm_start
 from rayrec.training.windows import stages
@@ -114,7 +115,7 @@ class Feed(Protocol):
         """Be as after the first epoch of `table`: for a training that goes on in a later one."""
 
 
-class Peers(Together, Protocol):
+class Peers(Sharing, Protocol):
     """What a worker shares with the others."""
 
     rank: int
@@ -122,9 +123,6 @@ class Peers(Together, Protocol):
 
     def wrap(self, model: nn.Module, apart: Sequence[nn.Parameter] = ()) -> nn.Module:
         """The module whose backward pass averages gradients over the workers, but for those of `apart`."""
-
-    def average(self, table: nn.Parameter) -> Tensor | None:
-        """The mean over the workers of a table's sparse gradients, which is apart in `wrap`; None if none."""
 
     def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that the workers give, and what they give of each, of all workers one after the other."""
@@ -149,6 +147,14 @@ class Peers(Together, Protocol):
 
         Called by every worker at the same step.
         """
+
+
+class Whole(NamedTuple):
+    """What of a training's weights a checkpoint holds, however they are spread over workers. For the first worker."""
+
+    weights: dict[str, Tensor]
+    best: dict[str, Tensor]
+    learner: dict[str, Any]
 
 
 @dataclass
@@ -176,14 +182,16 @@ class Fit:
         self.catalogue: Catalogue = self.dataset.catalogue()
         images = held_images(self.dataset, config, self.peers.rank, self.peers.world)
         item_M, pixels_MHWC = (images.item_M, images.pixels_MHWC) if images else (None, None)
-        self.model = build(
-            config, self.catalogue, item_M, pixels_MHWC, device=self.peers.device, keep=self.job.keep
-        ).to(self.peers.device)
-        if config.train.image_held == "share" and isinstance(self.model, Recommender):
-            self.model.exchange = self.peers.exchange
+        model = build(config, self.catalogue, item_M, pixels_MHWC, device=self.peers.device, keep=self.job.keep)
         if self.job.start_from and self.resume is None:
             vocab = {name: self.dataset.vocab(name) for name in ("categories", "brands")}
-            warm_start(self.model, self.catalogue, vocab, Bundle.open(self.job.start_from))
+            warm_start(model, self.catalogue, vocab, Bundle.open(self.job.start_from))
+        if config.train.image_held == "share" and isinstance(model, Recommender):
+            model.exchange = self.peers.exchange
+        self.parts = Parts(self.peers)
+        if config.train.id_held == "share" and isinstance(model, Recommender):
+            self.parts = Parts(self.peers, model.share_ids(self.peers.rank, self.peers.world, self.peers.send))
+        self.model = model.to(self.peers.device)
         self.history: list[dict[str, Any]] = []
         self.spent_s = -time.process_time()  # CPU seconds of the training, of this process and those that it resumes
         self.saved_at = self.looked_at = time.monotonic()
@@ -198,7 +206,8 @@ class Fit:
         else:
             self._three_stages(self.model, saved)
         vector_ND = self.model.encode_items().cpu().numpy()
-        self.peers.report({"stage": "done"}, lambda folder: self._finish(folder, vector_ND))
+        weights = self.parts.whole(self.model.state_dict())
+        self.peers.report({"stage": "done"}, lambda folder: self._finish(folder, weights, vector_ND))
 
     def _three_stages(self, model: Recommender, saved: dict[str, Any] | None) -> None:
         """Retrieval, the fusion over what it returns, and retrieval once more with what was withheld for the fusion."""
@@ -230,7 +239,8 @@ class Fit:
         steps, tables = self._steps(stage), self.model.sparse_parameters()
         learner = Learner(
             self.peers.wrap(self.model, tables), parameters, train, stage.epochs * steps, self.peers.device,
-            slow=self.model.pretrained_parameters(), tables=tables, average=self.peers.average,
+            slow=self.model.pretrained_parameters(), tables=tables,
+            average=self.parts.average, norm_of_all=self.parts.norm_of_all,
         )  # fmt: skip
         stopper, first, so_far = EarlyStop(train.patience), 0, None
         best = self._weights()
@@ -310,10 +320,11 @@ class Fit:
             self.looked_at = time.monotonic()
             due = self.peers.warned() or due
         if due or end:
+            whole = self._whole(learner, best)
 
             def save(folder: Path) -> None:
                 if self.peers.rank == 0:
-                    self._save(folder, stage.name, epoch, learner, stopper, best, progress)
+                    self._save(folder, stage.name, epoch, whole, stopper, progress)
                 torch.save(self._worker_state(progress), folder / f"worker-{self.peers.rank}.pt")
 
             self.peers.keep({"stage": stage.name, "epoch": epoch, "step": progress.steps}, save)
@@ -386,7 +397,10 @@ class Fit:
 
     def _scorer(self, fused: bool = True) -> Scorer:
         vector_ND = self.model.encode_items().cpu().numpy()
-        return Scorer(self.model, self.catalogue, vector_ND, self.job.followers, self.dataset.clock, fused=fused)
+        return Scorer(
+            *(self.model, self.catalogue, vector_ND, self.job.followers, self.dataset.clock),
+            fused=fused, vectors_on=torch.device("cpu") if self.parts.ids else None,
+        )  # fmt: skip
 
     def _validate(self, stage: Stage) -> dict[str, float]:
         """The first worker's judgement of the model as it stands, on every worker."""
@@ -421,26 +435,33 @@ class Fit:
             **metrics,
         }
         self.history.append(line)
-        self.peers.report(line, lambda folder: self._save(folder, stats.stage, stats.epoch, learner, stopper, best))
+        whole = self._whole(learner, best)
+        self.peers.report(line, lambda folder: self._save(folder, stats.stage, stats.epoch, whole, stopper))
         self.saved_at = time.monotonic()
+
+    def _whole(self, learner: Learner, best: dict[str, Tensor]) -> Whole:
+        return Whole(
+            self.parts.whole(self.model.state_dict()),
+            self.parts.whole(best),
+            self.parts.whole_learner(learner.state()),
+        )
 
     def _save(
         self,
         folder: Path,
         stage: str,
         epoch: int,
-        learner: Learner,
+        whole: Whole,
         stopper: EarlyStop,
-        best: dict[str, Tensor],
         within: Progress | None = None,
     ) -> None:
         """All that a training needs to go on after an epoch, or `within` one; but for what each worker has of its own.
 
         "at" grows from checkpoint to checkpoint: stage, epochs done, steps of the next one.
         """
-        save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
-        save_file(_savable(best), folder / "best.safetensors")
-        torch.save(learner.state(), folder / "learner.pt")
+        save_file(_savable(whole.weights), folder / "model.safetensors")
+        save_file(_savable(whole.best), folder / "best.safetensors")
+        torch.save(whole.learner, folder / "learner.pt")
         finished = _before(stage, self.job.config)
         state = {
             "at": [len(finished), epoch + (within is None), within.steps if within else 0],
@@ -468,11 +489,12 @@ class Fit:
         self._refuse_another(saved)
         self.history = saved["history"]
         self.spent_s += saved["cpu_s"]
-        self.model.load_state_dict(load_file(self.resume / "model.safetensors"))
+        self.model.load_state_dict(self.parts.own(load_file(self.resume / "model.safetensors")))
         if saved["stage"] == "done":
             return saved
-        saved["best"] = load_file(self.resume / "best.safetensors")
-        saved["learner"] = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
+        saved["best"] = self.parts.own(load_file(self.resume / "best.safetensors"))
+        learner = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
+        saved["learner"] = self.parts.own_learner(learner)
         if saved["within"]:
             saved["worker"] = self._own(self.resume, saved["workers"])
             saved["within"] = saved["worker"]["progress"]
@@ -484,8 +506,8 @@ class Fit:
         if saved["dataset"] and self.job.fingerprint and saved["dataset"] != self.job.fingerprint:
             raise UsageError(f"the checkpoint is of a training on another dataset than {self.job.dataset} is now")
 
-    def _finish(self, folder: Path, vector_ND: np.ndarray) -> None:
-        save_file(_savable(self.model.state_dict()), folder / "model.safetensors")
+    def _finish(self, folder: Path, weights: dict[str, Tensor], vector_ND: np.ndarray) -> None:
+        save_file(_savable(weights), folder / "model.safetensors")
         np.save(folder / "vectors.npy", vector_ND, allow_pickle=False)
         state = {
             "at": [len(stages(self.job.config)), 0, 0],

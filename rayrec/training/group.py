@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from rayrec.training.rowwise import rows_of
 
+ROWS_AT_ONCE = 1 << 17
+
 
 class Group:
     """A worker of `world`; alone it needs no process group."""
@@ -34,7 +36,7 @@ class Group:
         )
 
     def average(self, table: nn.Parameter) -> Tensor | None:
-        """See `fit.Peers`. Each worker hears the rows of all: no more is sent than was read."""
+        """See `parts.Sharing`. Each worker hears the rows of all: no more is sent than was read."""
         if self.world == 1:
             return table.grad
         nothing = (torch.zeros(0, dtype=torch.int64, device=self.device), table.new_zeros(0, table.shape[1]))
@@ -58,6 +60,31 @@ class Group:
         gathered = [torch.empty_like(tensor) for _ in range(self.world)]
         torch.distributed.all_gather(gathered, tensor.contiguous())
         return gathered
+
+    def send(self, given_W: Sequence[Tensor]) -> list[Tensor]:
+        """See `parts.Sharing`."""
+        if self.world == 1:
+            return list(given_W)
+        n_W = torch.tensor([len(given) for given in given_W], device=self.device)
+        got_n_W = torch.empty_like(n_W)
+        torch.distributed.all_to_all_single(got_n_W, n_W)
+        lengths = got_n_W.tolist()
+        got = given_W[0].new_empty(sum(lengths), *given_W[0].shape[1:])
+        torch.distributed.all_to_all_single(got, torch.cat(list(given_W)), lengths, n_W.tolist())
+        return list(got.split(lengths))
+
+    def whole(self, part_KX: Tensor) -> Tensor | None:
+        """See `parts.Sharing`. In pieces, lest the first worker's device should hold all of it."""
+        if self.world == 1:
+            return part_KX.cpu()
+        of_W: list[list[Tensor]] = [[] for _ in range(self.world)]
+        for piece in part_KX.split(ROWS_AT_ONCE):
+            piece = piece.to(self.device).contiguous()
+            into = [torch.empty_like(piece) for _ in of_W] if self.rank == 0 else None
+            torch.distributed.gather(piece, into, dst=0)
+            for got, pieces in zip(into or [], of_W, strict=False):
+                pieces.append(got.cpu())
+        return torch.cat([piece for pieces in of_W for piece in pieces]) if self.rank == 0 else None
 
     def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
         """See `fit.Peers`."""

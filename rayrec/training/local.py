@@ -64,12 +64,20 @@ class Alone(OneWorker):
         return model
 
     def average(self, table: nn.Parameter) -> Tensor | None:
-        """See `fit.Peers`."""
+        """See `parts.Sharing`."""
         return table.grad
 
     def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
         """See `fit.Peers`."""
         return row_R, value_RD
+
+    def send(self, given_W: Sequence[Tensor]) -> list[Tensor]:
+        """See `parts.Sharing`."""
+        return list(given_W)
+
+    def whole(self, part_KX: Tensor) -> Tensor | None:
+        """See `parts.Sharing`."""
+        return part_KX
 
     def agree(self, value: dict[str, Any] | None) -> dict[str, Any]:
         """See `fit.Peers`."""

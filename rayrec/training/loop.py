@@ -45,6 +45,7 @@ class Learner:
 
     slow: those of `parameters` that learn at `image_lr` times the rate. tables: those with sparse gradients, which
     learn by row-wise Adagrad. average: a sparse gradient of this worker's, or None, to the mean over all workers'.
+    norm_of_all: from the norm of the tables' gradients here to that over all workers, where each has a part of them.
     """
 
     module: nn.Module
@@ -55,6 +56,7 @@ class Learner:
     slow: Sequence[nn.Parameter] = ()
     tables: Sequence[nn.Parameter] = ()
     average: Callable[[nn.Parameter], Tensor | None] = lambda table: table.grad
+    norm_of_all: Callable[[Tensor], Tensor] = lambda norm: norm
     step: int = 0
     optimizer: torch.optim.Optimizer = field(init=False)
     rowwise: RowwiseAdagrad | None = field(init=False, default=None)
@@ -113,9 +115,15 @@ class Learner:
 
     def _clip(self, longest: float) -> None:
         """Shorten the gradient where it is longer. `clip_grad_norm_` writes all of it anew at every step."""
-        norm = torch.nn.utils.get_total_norm([dense_part(p.grad) for p in self.parameters if p.grad is not None])
+        tables = {id(table) for table in self.tables}
+        norms = [
+            torch.nn.utils.get_total_norm(
+                [dense_part(p.grad) for p in self.parameters if p.grad is not None and (id(p) in tables) == of_tables]
+            )
+            for of_tables in (False, True)
+        ]
+        norm = torch.hypot(norms[0].to(self.device), self.norm_of_all(norms[1].to(self.device)))
         if norm > longest:
-            tables = {id(table) for table in self.tables}
             torch.nn.utils.clip_grads_with_norm_([p for p in self.parameters if id(p) not in tables], longest, norm)
             for table in self.tables:
                 if table.grad is not None:
@@ -254,17 +262,19 @@ def weigh(
     """A step's batches with the weights of their losses, whether others have any, and the sums of all wishes.
 
     Workers' gradients are averaged. A mean over few targets would then weigh as much as one over many; so each of the
-    means that make up a loss is scaled by its share of all targets, times the number of workers. A worker that has no
-    batch left takes part with none (None), and the rest do not wait for it.
+    means that make up a loss is scaled by its share of all targets, times the number of workers. A worker that has
+    fewer batches than others may have takes part with none (None) in their place, and the rest do not wait for it.
     """
     if workers.world == 1 and len(batches) <= 1:
         return [(batch, None) for batch in batches], False, list(workers.sum(wishes))
-    own_BK = [learner.targets(batch) for batch in batches or [None]]
+    most = -(-learner.config.batches_a_step // workers.world) if workers.world > 1 else 1
+    padded = [*batches, *[None] * (most - len(batches))]
+    own_BK = [learner.targets(batch) for batch in padded]
     own_K = torch.stack(own_BK).sum(0)
     *sums, others = workers.sum([*own_K.tolist(), *wishes, float(bool(batches))])
     all_K = torch.tensor(sums[: len(own_K)], device=own_K.device)
     scales = [workers.world * one_K / all_K.clamp(min=1) for one_K in own_BK]
-    return list(zip(batches or [None], scales, strict=True)), others > 0, sums[len(own_K) :]
+    return list(zip(padded, scales, strict=True)), others > 0, sums[len(own_K) :]
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
