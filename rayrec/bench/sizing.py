@@ -91,7 +91,9 @@ def _training(shop: Shop, rates: Rates, config: Config) -> Iterator[Need]:
     yield Need("fed to it meanwhile", rates.gpu_flops / flops * 17 / 1e6, "MB/s", "17 bytes an event, at that speed")
     yield Need("table of item ids in training", table / 1e9, "GB", f"items x {width} x 4 bytes x 4: it and Adam's")
     yield Need("the same by rows", rowwise / 1e9, "GB", "train.id_optimizer=rowwise_adagrad: it and one number a row")
-    yield Need("of a GPU's memory", table / rates.gpu_bytes, "times", "above 1 it does not fit: tables are not sharded")
+    yield Need(
+        "of a GPU's memory", table / rates.gpu_bytes, "times", "above 1 it does not fit: share it, train.id_held=share"
+    )
 
 
 def _serving(shop: Shop, rates: Rates) -> Iterator[Need]:

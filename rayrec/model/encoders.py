@@ -329,9 +329,10 @@ class ItemEncoder(nn.Module):
         # The table of picture vectors is filled by refresh_images(); a step updates what it encodes, and some in turn.
         self.image_ND: Tensor
         self.refreshed = 0
-        self.register_buffer("image_ND", torch.zeros(n_items + 1, width), persistent=False)
+        n_cached = n_items + 1 if config.use_image else 0
+        self.register_buffer("image_ND", torch.zeros(n_cached, width), persistent=False)
         self.news_N: Tensor  # what was encoded since other workers heard of it
-        self.register_buffer("news_N", torch.zeros(n_items + 1, dtype=torch.bool), persistent=False)
+        self.register_buffer("news_N", torch.zeros(n_cached, dtype=torch.bool), persistent=False)
 
     def over(self, n_rows: int) -> ItemEncoder:
         """The same weights, for as many items, of which no picture has been encoded."""
