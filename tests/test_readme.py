@@ -88,19 +88,21 @@ def test_every_job_is_in_the_readme() -> None:
     assert {match[1] for match in named if match} == {path.stem for path in (REPOSITORY / "jobs").glob("*.py")}
 
 
-def settings() -> Iterator[str]:
+def settings() -> Iterator[list[str]]:
+    """Of each command, or part of one."""
     for line in [*shell_lines(), *INLINE]:
-        yield from re.findall(r"--set (\S+=\S+)", line)
+        if found := [setting for setting in re.findall(r"--set (\S+=\S+)", line) if setting != "path=value"]:
+            yield found
 
 
 def test_each_setting_exists() -> None:
-    shown = [setting for setting in settings() if setting != "path=value"]
+    shown = list(settings())
     assert len(shown) >= 3
-    for setting in shown:
+    for together in shown:
         refusals = []
         for config in (PrepareConfig(), Config(), ServeConfig()):
             try:
-                with_settings(config, [setting])
+                with_settings(config, together)
             except UsageError as error:
                 refusals.append(str(error))
         assert len(refusals) < 3, refusals
