@@ -183,7 +183,7 @@ def pace(model: Recommender, batches: Sequence[NextItems]) -> Pace:
     encoded = {True: 0, False: 0}
     learner = Learner(
         model, list(model.stage_parameters("retrieval")), model.config.train, len(batches), CPU,
-        slow=model.pretrained_parameters(), tables=model.sparse_parameters(),
+        slow=model.slow_parameters(), tables=model.sparse_parameters(),
     )  # fmt: skip
     model.train()
     model.refresh()

@@ -144,9 +144,9 @@ class PaperModel(nn.Module):
     def take_up(self, passing: Mapping[str, Tensor]) -> None:
         """As `Recommender.take_up`."""
 
-    def pretrained_parameters(self) -> list[nn.Parameter]:
+    def slow_parameters(self) -> tuple[list[nn.Parameter], float]:
         """None."""
-        return []
+        return [], 1.0
 
     def sparse_parameters(self) -> list[nn.Parameter]:
         """None."""

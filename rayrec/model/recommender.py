@@ -282,10 +282,12 @@ class Recommender(nn.Module):
         calibration_H2 = self.fusion.calibration_H2
         return torch.sigmoid(logit_BCH * calibration_H2[:, 0] + calibration_H2[:, 1])
 
-    def pretrained_parameters(self) -> list[nn.Parameter]:
-        """Those that start from another task's weights and change slowly."""
-        cnn = self.item_encoder.cnn
-        return list(cnn.upper.parameters()) if isinstance(cnn, PretrainedCNN) else []
+    def slow_parameters(self) -> tuple[list[nn.Parameter], float]:
+        """Those that learn at a share of the rate, and which: pretrained layers, or a CNN of our own."""
+        cnn, train = self.item_encoder.cnn, self.config.train
+        if isinstance(cnn, PretrainedCNN):
+            return list(cnn.upper.parameters()), train.image_lr
+        return list(cnn.parameters()) if cnn is not None else [], train.cnn_lr
 
     def sparse_parameters(self) -> list[nn.Parameter]:
         """Tables whose gradients are sparse."""

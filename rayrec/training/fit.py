@@ -239,7 +239,7 @@ class Fit:
         steps, tables = self._steps(stage), self.model.sparse_parameters()
         learner = Learner(
             self.peers.wrap(self.model, tables), parameters, train, stage.epochs * steps, self.peers.device,
-            slow=self.model.pretrained_parameters(), tables=tables,
+            slow=self.model.slow_parameters(), tables=tables,
             average=self.parts.average, norm_of_all=self.parts.norm_of_all,
         )  # fmt: skip
         stopper, first, so_far = EarlyStop(train.patience), 0, None

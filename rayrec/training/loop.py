@@ -43,7 +43,7 @@ class EpochStats:
 class Learner:
     """Weights, optimiser and schedule of one stage, and the state that a checkpoint needs.
 
-    slow: those of `parameters` that learn at `image_lr` times the rate. tables: those with sparse gradients, which
+    slow: those of `parameters` that learn at a share of the rate, and which. tables: those with sparse gradients, which
     learn by row-wise Adagrad. average: a sparse gradient of this worker's, or None, to the mean over all workers'.
     norm_of_all: from the norm of the tables' gradients here to that over all workers, where each has a part of them.
     """
@@ -53,7 +53,7 @@ class Learner:
     config: TrainConfig
     total_steps: int
     device: torch.device
-    slow: Sequence[nn.Parameter] = ()
+    slow: tuple[Sequence[nn.Parameter], float] = ((), 1.0)
     tables: Sequence[nn.Parameter] = ()
     average: Callable[[nn.Parameter], Tensor | None] = lambda table: table.grad
     norm_of_all: Callable[[Tensor], Tensor] = lambda norm: norm
@@ -62,11 +62,11 @@ class Learner:
     rowwise: RowwiseAdagrad | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        slow, tables = ({id(parameter) for parameter in some} for some in (self.slow, self.tables))
+        slow, tables = ({id(parameter) for parameter in some} for some in (self.slow[0], self.tables))
         dense = [p for p in self.parameters if id(p) not in tables]
         groups = [
             {"params": [p for p in dense if (id(p) in slow) == is_slow], "share": share}
-            for is_slow, share in ((False, 1.0), (True, self.config.image_lr))
+            for is_slow, share in ((False, 1.0), (True, self.slow[1]))
         ]
         # fused: one pass over the parameters instead of many.
         self.optimizer = torch.optim.AdamW(
