@@ -196,7 +196,7 @@ class TrainConfig(Settings):
     )
     image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
     cnn_lr: float = Field(
-        0.3, gt=0, description="the same of a CNN from scratch, each of whose weights moves all items"
+        0.3, gt=0, description="the same of a CNN from scratch; each of its weights moves all items"
     )
     id_optimizer: Literal["adamw", "rowwise_adagrad"] = Field(
         "adamw", description="of the table of ids; row-wise: a step moves what it read, one number of state a row"
