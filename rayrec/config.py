@@ -195,9 +195,7 @@ class TrainConfig(Settings):
         "all", description="images that a worker loads; share: of its part of the shards, which alone it encodes"
     )
     image_lr: float = Field(0.03, gt=0, description="share of `lr` with which pretrained layers learn")
-    cnn_lr: float = Field(
-        0.3, gt=0, description="the same of a CNN from scratch; each of its weights moves all items"
-    )
+    cnn_lr: float = Field(0.3, gt=0, description="the same of a CNN from scratch; each of its weights moves all items")
     id_optimizer: Literal["adamw", "rowwise_adagrad"] = Field(
         "adamw", description="of the table of ids; row-wise: a step moves what it read, one number of state a row"
     )

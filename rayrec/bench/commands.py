@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +12,14 @@ import typer
 from rayrec.errors import UsageError
 from rayrec.options import Json, Set, print_json
 
-bench_app = typer.Typer(help="Measure rayrec against other ways of doing the same.", no_args_is_help=True)
+bench_app = typer.Typer(no_args_is_help=True)
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure rayrec against other ways of doing the same."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started ends too
+
 
 Events = Annotated[int, typer.Option(min=1000, help="Events of the data that is made for it.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are reported.")]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 SAMPLE_EVERY_S = 0.25
+END_WITHIN_S = 30.0
 MEMORY_SHARE = 0.02
 """Of the time, for reading memory: the kernel walks every page, and holds up the process that is measured."""
 
@@ -34,7 +35,10 @@ class Measured:
 
 
 def measured(command: Sequence[str], env: Mapping[str, str] | None = None, errors: IO[str] | None = None) -> Measured:
-    """Run a command to its end. Raises RuntimeError if it fails. errors: for its standard error; None is ours."""
+    """Run a command to its end; it ends early where this process is interrupted. Raises RuntimeError if it fails.
+
+    errors: for its standard error; None is ours.
+    """
     started = time.monotonic()
     given = None if env is None else dict(env)
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=given)
@@ -61,10 +65,19 @@ def measured(command: Sequence[str], env: Mapping[str, str] | None = None, error
     finally:
         done.set()
         watcher.join()
-        child.kill()
+        _end(child)
     if child.returncode:
         raise RuntimeError(f"{' '.join(command[:4])} failed with exit code {child.returncode}")
     return Measured(time.monotonic() - started, sum(cpu_s.values()), peak_mib, output)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End a command that was not waited for; killed at once, one with a Ray of its own would leave that behind."""
+    child.terminate()
+    try:
+        child.wait(END_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 def family(root: int) -> dict[int, float]:
