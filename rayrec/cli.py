@@ -222,7 +222,8 @@ def evaluate(
     dataset: Annotated[str, typer.Argument(help="The dataset folder.")],
     split: Annotated[Split, typer.Option(help="Which targets.")] = Split.TEST,
     users: Annotated[
-        int | None, typer.Option(min=1, help="Ask only about a sample of so many users, the same ones each time.")
+        int | None,
+        typer.Option(min=1, help="Ask about a sample of so many; its figures are not kept."),
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write the report here.")] = None,
     as_json: Json = False,

@@ -271,6 +271,21 @@ def test_pretrained_layers_learn_slowly_and_frozen_ones_not_at_all(shop: Dataset
     assert 0 < max(moved) < steps * config.train.lr * config.train.image_lr
 
 
+def test_a_cnn_from_scratch_learns_at_its_own_share_of_the_rate(shop: Dataset, tmp_path: Path) -> None:
+    moved = {}
+    for share in (0.01, 1.0):
+        settings = ("train.weight_decay=0", "train.warmup=0", "train.schedule=constant", f"train.cnn_lr={share}")
+        config = tinyshop.tiny(*settings, "train.epochs=1", "train.fusion_epochs=0", "train.refit_epochs=0")
+        before = model_of(shop, *settings).item_encoder
+        after = train_alone(shop, config, tmp_path).model.item_encoder
+        moved[share] = [
+            float((a.weight - b.weight).detach().abs().max())
+            for a, b in ((after.cnn.project, before.cnn.project), (after.id, before.id))
+        ]
+    assert moved[0.01][0] < 0.05 * moved[1.0][0]
+    assert moved[0.01][1] > 0.5 * moved[1.0][1], "the rest learns as before"
+
+
 # ---------------------------------------------------------------- pictures that are missing or say nothing
 
 SOURCES = ["model.image_backbone=scratch", *(f"model.image_train={train}" for train in CUT)]

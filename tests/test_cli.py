@@ -228,12 +228,14 @@ def test_prepare_train_evaluate_answer_json_as_documented(
 
     monkeypatch.setattr("rayrec.cluster.disconnect", lambda: None)  # from the cluster that all tests share
     report_to = ("--report", tmp_path / "report.html")
+    kept = (version / "metrics.json").read_bytes()
     ran = rayrec("evaluate", tiny_bundles, tiny_dataset, "--users", 30, *report_to, "--json")
     assert ran.code == 0, ran.err
     result = ran.json
     assert {"split", "users", "items", "metrics", "next", "purchase", "pointwise", "floors", "slices"} <= set(result)
     assert (result["split"], result["items"], result["users"]) == ("test", 24, 30)
     assert "30 test users (a sample)" in ran.err
+    assert (version / "metrics.json").read_bytes() == kept, "a sample does not stand for all"
     assert {"hr@10", "ndcg@10", "recall@20", "mrr@10", "coverage@10", "diversity@10"} <= set(result["metrics"])
     assert {"popular", "markov"} <= set(result["floors"])
     assert "<html" in (tmp_path / "report.html").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +25,18 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     run = runs.begin(tinyshop.tiny())
     with pytest.raises(UsageError, match=rf"{run}\) had other settings"):
         runs.unfinished(tinyshop.tiny("train.lr=0.5"))
+
+
+def test_a_run_of_a_version_without_a_setting_is_refused_where_that_taught_otherwise(tmp_path: Path) -> None:
+    runs = Runs(str(tmp_path))
+    runs.begin(tinyshop.tiny())
+    open_run = tmp_path / ".runs" / "OPEN"
+    saved = json.loads(open_run.read_text())
+    del saved["config"]["train"]["cnn_lr"]
+    open_run.write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match=r"train\.cnn_lr was 1\.0 and is 0\.3"):
+        runs.unfinished(tinyshop.tiny())
+    assert runs.unfinished(tinyshop.tiny("train.cnn_lr=1"))
 
 
 def test_there_is_nothing_to_resume_in_a_new_folder(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("shop")
     (folder / "checkpoint").mkdir()
     dataset = tinyshop.write(folder / "dataset", users=30)
-    config = tinyshop.tiny("train.epochs=1")
+    config = tinyshop.tiny("train.epochs=1", "train.cnn_lr=1")  # so that a few steps teach it colours
     fit = train_alone(dataset, config, folder / "checkpoint")
     place = str(folder / "bundles")
     return write_bundle(folder / "checkpoint", place, dataset, dataset.catalogue(), config, fit.job.followers)

@@ -75,7 +75,7 @@ def _end(child: subprocess.Popen[str]) -> None:
     """End a command that was not waited for; killed at once, one with a Ray of its own would leave that behind."""
     child.terminate()
     try:
-        child.wait(END_WITHIN_S)
+        child.communicate(timeout=END_WITHIN_S)
     except subprocess.TimeoutExpired:
         child.kill()
 

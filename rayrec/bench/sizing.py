@@ -92,7 +92,7 @@ def _training(shop: Shop, rates: Rates, config: Config) -> Iterator[Need]:
     yield Need("table of item ids in training", table / 1e9, "GB", f"items x {width} x 4 bytes x 4: it and Adam's")
     yield Need("the same by rows", rowwise / 1e9, "GB", "train.id_optimizer=rowwise_adagrad: it and one number a row")
     yield Need(
-        "of a GPU's memory", table / rates.gpu_bytes, "times", "above 1 it does not fit: share it, train.id_held=share"
+        "of a GPU's memory", table / rates.gpu_bytes, "times", "above 1 it does not fit: by rows, shared (below)"
     )
 
 

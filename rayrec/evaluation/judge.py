@@ -88,7 +88,7 @@ def evaluate(
     else:
         answers = replay({name: make() for name, make in makers.items()}, sequences, settings)
     result = summarise(answers, catalogue, settings, tuple(makers))
-    result["settings"]["sampled_users"] = users
+    result["settings"]["sampled_users"] = users if settings.hash_limit < ReplaySettings.hash_limit else None
     return result
 
 

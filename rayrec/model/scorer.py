@@ -59,7 +59,7 @@ class Scorer:
         self._warm_N = catalogue.n_train > 0
         self._popular_N = np.argsort(-catalogue.n_train[1:], kind="stable") + 1
         self._device = next(model.parameters()).device
-        self._vector_ND = torch.from_numpy(np.array(vectors_ND, np.float32)).to(vectors_on or self._device)
+        self._vector_ND = torch.from_numpy(np.require(vectors_ND, np.float32, "W")).to(vectors_on or self._device)
 
     def over(self, catalogue: Catalogue, row_R: Ints, pixels: Mapping[int, npt.NDArray[np.uint8]]) -> Scorer:
         """The same model after a shop's edits: `row_R` are the rows that changed or are new, all others stay.

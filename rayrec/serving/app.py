@@ -276,15 +276,22 @@ def load_version(bundles: str, version: str, load_scorer: Callable[[Bundle], sco
     from rayrec.serving.editing import editor
     from rayrec.serving.pictures import Pictures
 
-    there = versions(bundles)
-    if version not in there:  # what opens a bundle would say where it looked for it
-        raise UsageError(f"there is no version '{version}' beside the live one; there are {', '.join(there)}")
+    place = f"{bundles}/{version}"
     try:
-        bundle = Bundle.open(f"{bundles}/{version}")
+        there = versions(bundles)
+        if version not in there:  # what opens a bundle would say where it looked for it
+            raise UsageError(f"there is no version '{version}' beside the live one; there are {', '.join(there)}")
+        bundle = Bundle.open(place)
+        place = str(bundle.path)  # of one at a URI, a copy
         scorer = load_scorer(bundle)
+        return Loaded(scorer, Pictures(bundle), editor(bundle) if isinstance(scorer, Scorer) else None)
+    except UsageError:
+        raise
     except (RayrecError, OSError, ValueError) as error:
-        raise BundleError(str(error).replace(f"{bundles}/", "")) from error
-    return Loaded(scorer, Pictures(bundle), editor(bundle) if isinstance(scorer, Scorer) else None)
+        told = str(error)
+        for folder in (place, f"{bundles}/{version}", bundles):
+            told = told.replace(folder, version)
+        raise BundleError(told if version in told else f"{version}: {told}") from error
 
 
 def _listen_on_this_node_only() -> None:

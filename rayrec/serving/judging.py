@@ -26,7 +26,7 @@ def judge(
 ) -> dict[str, Any]:
     """Evaluate a bundle on a split, over the Ray cluster; keep the figures in its metrics.json and report.html.
 
-    users: see `evaluate`.
+    users: see `evaluate`; figures of a sample are not kept, lest they stand for all.
 
     Raises DataError if the bundle was trained on other items than the dataset holds, UsageError at once if there is
     no folder for `report`, ResourceError if the figures cannot be written.
@@ -47,7 +47,8 @@ def judge(
             *(scorer_maker(bundle.location), dataset, split),
             max_len=bundle.config.model.max_len, batch=batch, users=users,
         )  # fmt: skip
-    _keep(bundle, split, result, {"dataset": dataset.manifest.get("counts", {}), "bundle": _facts(bundle)}, report)
+    facts = {"dataset": dataset.manifest.get("counts", {}), "bundle": _facts(bundle)}
+    _write(bundle, split, result, facts, report, keep=result["settings"]["sampled_users"] is None)
     return result
 
 
@@ -64,14 +65,17 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     return {"version": bundle.version, "preset": bundle.config.preset, **bundle.config.model.model_dump()}
 
 
-def _keep(bundle: Bundle, split: str, result: dict[str, Any], facts: dict[str, Any], report: Path | None) -> None:
+def _write(
+    bundle: Bundle, split: str, result: dict[str, Any], facts: dict[str, Any], report: Path | None, keep: bool
+) -> None:
     metrics = {**bundle.json("metrics.json"), split: result}
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         write_report(result, page, facts)
-        with writing(bundle.path):
-            bundle = add_file(bundle, "metrics.json", lambda path: _write_json(path, metrics))
-            add_file(bundle, "report.html", lambda path: path.write_bytes(page.read_bytes()))
+        if keep:
+            with writing(bundle.path):
+                bundle = add_file(bundle, "metrics.json", lambda path: _write_json(path, metrics))
+                add_file(bundle, "report.html", lambda path: path.write_bytes(page.read_bytes()))
         if report is not None:
             with writing(report):
                 write_atomically(report, page.read_bytes())

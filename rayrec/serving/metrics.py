@@ -23,6 +23,7 @@ class Metrics:
 
     def __init__(self, replica_id: str) -> None:
         self._replica_id, self.registry = replica_id, CollectorRegistry()
+        self._version: str | None = None
         self._requests = Counter("rayrec_requests", "Requests answered", ["route", "status"], registry=self.registry)
         self._request_s = Histogram(
             "rayrec_request_seconds",
@@ -64,8 +65,10 @@ class Metrics:
 
     def serves(self, version: str) -> None:
         """Say which model is live."""
-        self._model.clear()
-        self._model.labels(version).set(1)
+        if version != self._version:
+            self._version = version
+            self._model.clear()
+            self._model.labels(version).set(1)
 
     def requested(self, route: str | None, status: int, took_s: float) -> None:
         """Count one request. route: its template, without ids; None if there is none. status: 0 if the client left."""
@@ -104,9 +107,8 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """All of it, each series with the replica that counted it."""
         for family in self.registry.collect():
-            family.samples = [
-                sample._replace(labels={**sample.labels, "replica": self._replica_id}) for sample in family.samples
-            ]
+            own = {"serve_replica": self._replica_id}
+            family.samples = [sample._replace(labels={**sample.labels, **own}) for sample in family.samples]
             yield family
 
     def text(self) -> str:
@@ -116,11 +118,10 @@ class Metrics:
 
 def together(texts: Sequence[str]) -> str:
     """What several replicas say as one text: the series of a metric stand behind one heading, as Prometheus asks."""
-    families: dict[tuple[str, str], list[str]] = {}
+    families: dict[str, list[str]] = {}
     for text in texts:
         for family in re.split(r"^# HELP ", text, flags=re.MULTILINE)[1:]:
-            explained, kind, *series = family.splitlines()
-            families.setdefault((explained, kind), []).extend(series)
-    return "".join(
-        "\n".join((f"# HELP {explained}", kind, *series, "")) for (explained, kind), series in families.items()
-    )
+            explained, kind, *series = family.removesuffix("\n").split("\n")
+            name = explained.partition(" ")[0]  # what explains it may differ, of replicas of another version
+            families.setdefault(name, [f"# HELP {explained}", kind]).extend(series)
+    return "".join(f"{line}\n" for lines in families.values() for line in lines)

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 BEAT_EVERY_S = 1.0
 FOLLOW_EVERY_S = 0.25  # what a shop says of an item is to be live within a second
+METRICS_EVERY_S = 5.0
+METRICS_WITHIN_S = 1.0  # one who scrapes must not wait for a state that hangs
 PICTURE_SIDE = 512  # pixels of a picture that is put, at most
 
 
@@ -195,32 +197,45 @@ class Service:
             try:
                 await self.live.follow()
                 await self.live.follow_trends()
-                await asyncio.to_thread(self._report)
+                await asyncio.to_thread(self.state.beat, self.replica_id, self.live.model.version)
             except StateError as error:
                 log.warning("cannot report this replica: %s", error)
             except Exception:  # a replica that stops following serves an old model for ever, and nobody sees it
                 log.exception("cannot follow or report; trying again")
             await asyncio.sleep(BEAT_EVERY_S)
 
-    def _report(self) -> None:
-        self.state.beat(self.replica_id, self.live.model.version, self._counted())
+    async def tell_metrics(self) -> None:
+        """Tell the others what this replica counts, for as long as it lives."""
+        while True:
+            try:
+                await asyncio.to_thread(self._tell_metrics)
+            except StateError as error:
+                log.warning("cannot tell what this replica counted: %s", error)
+            except Exception:  # as in `beat`
+                log.exception("cannot tell what this replica counted; trying again")
+            await asyncio.sleep(METRICS_EVERY_S)
 
-    def _counted(self) -> str:
+    def _tell_metrics(self) -> str:
         self.metrics.serves(self.live.model.version)
-        return self.metrics.text()
+        text = self.metrics.text()
+        self.state.tell_metrics(self.replica_id, text)
+        return text
 
     async def counted(self) -> str:
-        """What all replicas have counted, in Prometheus' words: this one until now, the others until a second ago.
+        """What all replicas have counted, in Prometheus' words: this one until now, the others a few seconds ago.
 
-        While the state is away it is this one alone.
+        While the state is away, or slow, it is this one alone.
         """
         try:
-            replicas = await asyncio.to_thread(self.state.replicas, REPLICA_ALIVE_MS)
-        except StateError as error:
-            log.warning("cannot ask what the other replicas counted: %s", error)
-            replicas = []
-        others = [replica.metrics for replica in replicas if replica.replica_id != self.replica_id]
-        return together([self._counted(), *others])
+            return await asyncio.wait_for(asyncio.to_thread(self._counted_by_all), METRICS_WITHIN_S)
+        except (StateError, TimeoutError) as error:
+            log.warning("cannot ask what the other replicas counted: %s", error or "the state is slow")
+            return self.metrics.text()
+
+    def _counted_by_all(self) -> str:
+        # What this one says is told first: whichever replica answers, and when, no counter ever goes back.
+        own = self._tell_metrics()
+        return together(list({**self.state.told_metrics(), self.replica_id: own}.values()))
 
     async def follow_items(self) -> None:
         """Keep the catalogue up to date for as long as this replica lives."""

@@ -66,7 +66,8 @@ def create_app(
         with suppress(StateError):  # a replica answers without it, and follows when it is back
             await service.live.follow_items()
             await service.live.follow_trends()
-        tasks = [asyncio.create_task(service.beat()), asyncio.create_task(service.follow_items())]
+        chores = (service.beat(), service.follow_items(), service.tell_metrics())
+        tasks = [asyncio.create_task(chore) for chore in chores]
         yield
         for task in tasks:
             task.cancel()

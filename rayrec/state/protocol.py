@@ -145,7 +145,6 @@ class Replica(NamedTuple):
     replica_id: str
     model: str
     beat_ms: int
-    metrics: str  # what it has counted, as it put it
 
 
 class Past(Protocol):
@@ -213,8 +212,14 @@ class State(Past, Protocol):
     def changes(self, since: int, limit: int = 1000) -> list[Change]:
         """Entries of the change feed after `since`, oldest first. Only the newest hundred thousand are kept."""
 
-    def beat(self, replica_id: str, model: str, metrics: str = "") -> None:
-        """Say that a replica is alive, which model it serves and what it has counted."""
+    def beat(self, replica_id: str, model: str) -> None:
+        """Say that a replica is alive and which model it serves."""
+
+    def tell_metrics(self, replica_id: str, metrics: str) -> None:
+        """Say what a replica has counted until now."""
+
+    def told_metrics(self) -> dict[str, str]:
+        """What each replica that has not left said last, if that was within FORGET_REPLICA_MS."""
 
     def leave(self, replica_id: str) -> None:
         """Say that a replica stops."""

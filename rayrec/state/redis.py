@@ -46,6 +46,7 @@ from rayrec.state.protocol import (
 )
 
 PREFIX = "rayrec:"
+METRICS = PREFIX + "metrics:"
 PASSWORD = "RAYREC_REDIS_PASSWORD"
 CONNECT_S, ANSWER_S = 2.0, 10.0
 REWRITE_S = 10.0  # so long an erasure waits for a rewriting of the log that began before it
@@ -212,9 +213,9 @@ end
 return out
 """
 
-# ARGV: replica, model, what it has counted.
+# ARGV: replica, model.
 _BEAT = f"""
-redis.call('HSET', P .. 'replicas', ARGV[1], cjson.encode({{now_ms(), ARGV[2], ARGV[3]}}))
+redis.call('HSET', P .. 'replicas', ARGV[1], cjson.encode({{now_ms(), ARGV[2]}}))
 local all = redis.call('HGETALL', P .. 'replicas')
 for i = 1, #all, 2 do
   if cjson.decode(all[i + 1])[1] < now_ms() - {FORGET_REPLICA_MS} then redis.call('HDEL', P .. 'replicas', all[i]) end
@@ -226,7 +227,7 @@ _REPLICAS = """
 local out, all = {}, redis.call('HGETALL', P .. 'replicas')
 for i = 1, #all, 2 do
   local beat = cjson.decode(all[i + 1])
-  if beat[1] >= now_ms() - ARGV[1] then out[#out + 1] = {all[i], beat[2], beat[1], beat[3] or ''} end
+  if beat[1] >= now_ms() - ARGV[1] then out[#out + 1] = {all[i], beat[2], beat[1]} end
 end
 return out
 """
@@ -411,13 +412,27 @@ class RedisState:
         )
         return [Change(*json.loads(member)) for member in found]
 
-    def beat(self, replica_id: str, model: str, metrics: str = "") -> None:
+    def beat(self, replica_id: str, model: str) -> None:
         """See `protocol.State`."""
-        self._run("beat", [replica_id, model, metrics])
+        self._run("beat", [replica_id, model])
 
     def leave(self, replica_id: str) -> None:
         """See `protocol.State`."""
         self._ask(lambda: self._client.hdel(PREFIX + "replicas", replica_id))
+        self._ask(lambda: self._client.delete(METRICS + replica_id))
+
+    def tell_metrics(self, replica_id: str, metrics: str) -> None:
+        """See `protocol.State`."""
+        # A key of its own, which forgets itself: beats read all replicas, and need not read this.
+        self._ask(lambda: self._client.set(METRICS + replica_id, metrics, px=FORGET_REPLICA_MS), "written")
+
+    def told_metrics(self) -> dict[str, str]:
+        """See `protocol.State`."""
+        replicas = sorted(replica.replica_id for replica in self.replicas(FORGET_REPLICA_MS))
+        if not replicas:
+            return {}
+        told = self._ask(lambda: self._client.mget([METRICS + replica_id for replica_id in replicas]))
+        return {replica_id: text for replica_id, text in zip(replicas, told, strict=True) if text is not None}
 
     def replicas(self, within_ms: int) -> list[Replica]:
         """See `protocol.State`."""

@@ -83,7 +83,9 @@ CREATE TABLE items (
   item_id TEXT PRIMARY KEY, seq INTEGER NOT NULL, facts TEXT NOT NULL, picture_seq INTEGER NOT NULL, picture BLOB);
 CREATE INDEX items_seq ON items (seq, item_id, facts, picture_seq);
 """
-METRICS_SCHEMA = "ALTER TABLE replicas ADD COLUMN metrics TEXT NOT NULL DEFAULT ''"
+METRICS_SCHEMA = """
+CREATE TABLE replica_metrics (replica_id TEXT PRIMARY KEY, told_ms INTEGER NOT NULL, metrics TEXT NOT NULL)
+"""
 STEPS = (SCHEMA, ITEMS_SCHEMA, METRICS_SCHEMA)
 """What each version added. Only ever append: a state of an earlier one is brought up to date when it is opened."""
 
@@ -320,23 +322,35 @@ class SqliteState:
             ).fetchall()
         return [Change(*row) for row in rows]
 
-    def beat(self, replica_id: str, model: str, metrics: str = "") -> None:
+    def beat(self, replica_id: str, model: str) -> None:
         """See `protocol.State`."""
         with self._write() as db:
-            row = (replica_id, model, _now_ms(), metrics)
-            db.execute("INSERT OR REPLACE INTO replicas VALUES (?, ?, ?, ?)", row)
+            db.execute("INSERT OR REPLACE INTO replicas VALUES (?, ?, ?)", (replica_id, model, _now_ms()))
             db.execute("DELETE FROM replicas WHERE beat_ms < ?", (_now_ms() - FORGET_REPLICA_MS,))
 
     def leave(self, replica_id: str) -> None:
         """See `protocol.State`."""
         with self._write() as db:
-            db.execute("DELETE FROM replicas WHERE replica_id = ?", (replica_id,))
+            for table in ("replicas", "replica_metrics"):
+                db.execute(f"DELETE FROM {table} WHERE replica_id = ?", (replica_id,))
+
+    def tell_metrics(self, replica_id: str, metrics: str) -> None:
+        """See `protocol.State`."""
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO replica_metrics VALUES (?, ?, ?)", (replica_id, _now_ms(), metrics))
+            db.execute("DELETE FROM replica_metrics WHERE told_ms < ?", (_now_ms() - FORGET_REPLICA_MS,))
+
+    def told_metrics(self) -> dict[str, str]:
+        """See `protocol.State`."""
+        query = "SELECT replica_id, metrics FROM replica_metrics WHERE told_ms >= ? ORDER BY replica_id"
+        with self._read() as db:
+            return dict(db.execute(query, (_now_ms() - FORGET_REPLICA_MS,)).fetchall())
 
     def replicas(self, within_ms: int) -> list[Replica]:
         """See `protocol.State`."""
         with self._read() as db:
             rows = db.execute(
-                "SELECT replica_id, model, beat_ms, metrics FROM replicas WHERE beat_ms >= ? ORDER BY replica_id",
+                "SELECT replica_id, model, beat_ms FROM replicas WHERE beat_ms >= ? ORDER BY replica_id",
                 (_now_ms() - within_ms,),
             ).fetchall()
         return [Replica(*row) for row in rows]

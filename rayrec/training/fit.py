@@ -217,12 +217,12 @@ class Fit:
         self._stage(retrieval, saved, self._rows_to(windows, retrieval))
         if not (saved and "fusion" in saved["finished"]):
             fusion = Stage("fusion", train.fusion_epochs, train.fusion_batch_size, train.lr)
-            model.vector_ND = model.encode_items()
-            made = self._rows_to(ListCollate(self._scorer(), device), fusion)
+            model.vector_ND = vector_ND = model.encode_items()
+            made = self._rows_to(ListCollate(self._scorer(vector_ND), device), fusion)
             # Batches that were not asked for to their end cannot be kept: which they are would depend on when.
             self._stage(fusion, saved, made if train.max_samples else KeptBatches(lambda rng: made(rng, 0)))
             withheld = self.feed.chunks("fusion", np.random.default_rng(train.seed))
-            calibrate(model, self._scorer(), withheld, train.seed)  # the refit will know them by heart
+            calibrate(model, self._scorer(vector_ND), withheld, train.seed)  # the refit will know them by heart
             model.vector_ND = None
         refit = Stage("refit", train.refit_epochs, train.batch_size, train.refit_lr, by_validation=False)
         self._stage(refit, saved, self._rows_to(windows, refit))
@@ -395,19 +395,19 @@ class Fit:
             samples = min(samples, -(-train.max_samples // train.workers))
         return max(1, -(-samples // (stage.batch_size * train.accumulate)))
 
-    def _scorer(self, fused: bool = True) -> Scorer:
-        vector_ND = self.model.encode_items().cpu().numpy()
+    def _scorer(self, vector_ND: Tensor, fused: bool = True) -> Scorer:
         return Scorer(
-            *(self.model, self.catalogue, vector_ND, self.job.followers, self.dataset.clock),
+            *(self.model, self.catalogue, vector_ND.cpu().numpy(), self.job.followers, self.dataset.clock),
             fused=fused, vectors_on=torch.device("cpu") if self.parts.ids else None,
         )  # fmt: skip
 
     def _validate(self, stage: Stage) -> dict[str, float]:
         """The first worker's judgement of the model as it stands, on every worker."""
         found = None
-        # Of every worker: it brings the table of pictures up to date.
-        scorer = self._scorer(fused=stage.name != "retrieval")
+        # Of every worker: it brings the table of pictures up to date. While the fusion learns no vector moves.
+        vector_ND = self.model.encode_items()
         if self.peers.rank == 0:
+            scorer = self._scorer(vector_ND, fused=stage.name != "retrieval")
             settings = ReplaySettings(
                 split="valid",
                 n_items=len(self.catalogue),

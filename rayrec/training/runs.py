@@ -24,9 +24,13 @@ LEAST_ROOM_BYTES = 32 * 1024 * 1024
 TEACH_NOTHING = ("checkpoint_s", "checkpoint_steps", "tracker", "bad_shards", "min_workers")
 """Settings of `TrainConfig` that a training may change when it goes on: it learns the same."""
 
+BEFORE_IT_WAS_A_SETTING = {"cnn_lr": 1.0}
+"""How trainings learned whose settings do not say so yet, where the default is another."""
+
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """How the settings of a saved training differ from `config`, but for those that teach nothing."""
+    saved = {**saved, "train": {**BEFORE_IT_WAS_A_SETTING, **saved["train"]}}
     was, now = (from_dict(Config, tree).model_dump(mode="json") for tree in (saved, config.model_dump()))
     found = [] if was["preset"] == now["preset"] else [f"preset was {was['preset']} and is {now['preset']}"]
     return found + [

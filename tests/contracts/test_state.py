@@ -228,12 +228,21 @@ def test_replicas_are_those_that_beat_lately(state: State) -> None:
     state.beat("one", "m")
     state.beat("two", "m")
     assert [replica.replica_id for replica in state.replicas(60_000)] == ["one", "two"]
-    state.beat("two", "m", 'lists{scene="home"} 1\n')
-    assert [replica.metrics for replica in state.replicas(60_000)] == ["", 'lists{scene="home"} 1\n']
     state.leave("one")
     assert [replica.replica_id for replica in state.replicas(60_000)] == ["two"]
     time.sleep(0.02)
     assert state.replicas(1) == []
+
+
+def test_metrics_are_those_that_a_replica_told_last_until_it_leaves(state: State) -> None:
+    assert state.told_metrics() == {}
+    for replica in ("two", "one"):
+        state.beat(replica, "m")
+        state.tell_metrics(replica, f"lists 1 {replica}\n")
+    state.tell_metrics("one", 'lists{scene="home"} 2\n')
+    assert state.told_metrics() == {"one": 'lists{scene="home"} 2\n', "two": "lists 1 two\n"}
+    state.leave("two")
+    assert state.told_metrics() == {"one": 'lists{scene="home"} 2\n'}
 
 
 def test_counts(state: State) -> None:
@@ -481,6 +490,7 @@ def test_a_state_of_an_earlier_version_is_brought_up_to_date(tmp_path: Path, ver
     state = SqliteState(path)
     state.put_item("a", {"price": 1})
     assert [edit.item_id for edit in state.item_edits(0)] == ["a"]
-    state.beat("one", "m", "counted")
-    assert [replica.metrics for replica in state.replicas(60_000)] == ["counted"]
+    state.beat("one", "m")
+    state.tell_metrics("one", "counted")
+    assert state.told_metrics() == {"one": "counted"}
     state.close()
