@@ -113,3 +113,66 @@ def test_a_checkpoint_is_whole_and_any_number_of_workers_goes_on_from_it(tmp_pat
 def test_only_rows_that_move_alone_can_be_shared() -> None:
     with pytest.raises(UsageError, match=r"train\.id_held=share needs train\.id_optimizer=rowwise_adagrad"):
         with_settings(tinyshop.tiny(), ["train.id_held=share"])
+
+
+RESUMING = """
+import sys
+from pathlib import Path
+import numpy as np, pyarrow as pa, tinyshop, torch
+from rayrec.data.dataset import Dataset
+from rayrec.training.fit import EndedError, Fit, Job
+from rayrec.training.group import Group
+from rayrec.training.local import Alone, LocalFeed
+from rayrec.training.survey import survey
+
+rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+class Half(LocalFeed):
+    def chunks(self, table, rng):
+        for rows in super().chunks(table, np.random.default_rng(7)):
+            yield rows.take(pa.array(range(rank, len(rows), 2)))
+
+class Pair(Group, Alone):
+    def __init__(self, out, end_after=0):
+        Alone.__init__(self, folder / out)
+        Group.__init__(self, rank, 2, torch.device("cpu"))
+        self.steps, self.end_after = 0, end_after
+
+    def _put(self, save):
+        if rank == 0:
+            super()._put(save)
+
+    def keep(self, place, save):
+        save(self.folder)
+        torch.distributed.barrier()
+
+    def ending(self):
+        self.steps += rank == 0
+        return self.steps == self.end_after > 0
+
+shop = Dataset.open(str(folder / "dataset"))
+config = tinyshop.tiny("train.workers=2", "train.epochs=2", "train.fusion_epochs=0", *sys.argv[4:])
+facts = survey(shop, tinyshop.N_ITEMS, config)
+job = Job(config, shop.path, facts.first_stage, facts.rows)
+Fit(job, Half(shop, config), Pair("whole")).run()
+try:
+    Fit(job, Half(shop, config), Pair("cut", end_after=5)).run()
+except EndedError as ended:
+    torch.distributed.barrier()
+    Fit(job, Half(shop, config), Pair("again"), resume=folder / "cut").run()
+    print(f'"{ended}"')
+"""
+
+
+@pytest.mark.timeout(300)
+def test_two_workers_that_were_ended_within_an_epoch_go_on_as_if_they_had_not_been(tmp_path: Path) -> None:
+    tinyshop.write(tmp_path / "dataset")
+    for name in ("whole", "cut", "again"):
+        (tmp_path / name).mkdir()
+    assert all("step" in told for told in said_by(RESUMING, 2, tmp_path, *SHARED, "train.clip_norm=0.1"))
+    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert weights(tmp_path / "cut")["item_encoder.id.weight"].shape == whole["item_encoder.id.weight"].shape
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=0, msg=name)
