@@ -270,9 +270,11 @@ APART = (
 )
 """What data-parallel wrappers do not bring together: gradients of ids, and pictures, half of them on each worker."""
 
+SHARED = (*APART, "train.id_held=share", "train.clip_norm=0.1")
+
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("settings", [(), APART, (*APART, "train.id_held=share", "train.clip_norm=0.1")])
+@pytest.mark.parametrize("settings", [(), APART, pytest.param(SHARED, marks=pytest.mark.slow)])
 def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path, settings: tuple[str, ...]) -> None:
     tinyshop.write(tmp_path / "dataset")
     said = said_by(WORKER, 2, tmp_path, *settings)
