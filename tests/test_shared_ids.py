@@ -86,7 +86,7 @@ def test_two_workers_that_share_it_learn_what_two_that_hold_it_do(tmp_path: Path
         torch.testing.assert_close(shared[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_checkpoint_is_whole_and_any_number_of_workers_goes_on_from_it(tmp_path: Path) -> None:
+def test_alone_it_goes_on_from_a_checkpoint_and_a_bundle_has_the_table_whole(tmp_path: Path) -> None:
     shop = tinyshop.write(tmp_path / "dataset")
     config = tinyshop.tiny(*SHARED, "train.epochs=2", "train.fusion_epochs=0")
     for name in ("whole", "first", "second"):

@@ -288,9 +288,7 @@ def load_version(bundles: str, version: str, load_scorer: Callable[[Bundle], sco
     except UsageError:
         raise
     except (RayrecError, OSError, ValueError) as error:
-        told = str(error)
-        for folder in (place, f"{bundles}/{version}", bundles):
-            told = told.replace(folder, version)
+        told = str(error).replace(place, version).replace(f"{bundles}/", "")
         raise BundleError(told if version in told else f"{version}: {told}") from error
 
 
