@@ -29,12 +29,11 @@ from safetensors.torch import load_file, save
 
 from rayrec import __version__
 from rayrec.catalogue import Catalogue
-from rayrec.config import Config
+from rayrec.config import Config, saved_config
 from rayrec.errors import BundleError, UsageError
 from rayrec.files import download, filesystem, is_uri, read_text, upload, upload_file
 from rayrec.followers import Followers
 from rayrec.schema import BUNDLE_VERSION
-from rayrec.settings import from_dict
 
 FORMAT = "rayrec-bundle"
 CURRENT = "CURRENT"
@@ -101,7 +100,7 @@ class Bundle:
     @cached_property
     def config(self) -> Config:
         """The settings it was trained with."""
-        return from_dict(Config, self.json("config.json"))
+        return saved_config(self.json("config.json"))
 
     @cached_property
     def catalogue(self) -> Catalogue:

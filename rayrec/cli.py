@@ -146,7 +146,7 @@ def prepare(
 def train(
     dataset: Annotated[str, typer.Argument(help="A dataset folder made by prepare.")],
     bundles: Annotated[str, typer.Argument(help="Where bundles are kept.")],
-    preset_: Annotated[str, typer.Option("--preset", help="small, base or paper.")] = "small",
+    preset_: Annotated[str, typer.Option("--preset", help="small, wide, base or paper.")] = "small",
     workers: Annotated[int | None, typer.Option(min=1, help="Data-parallel workers.")] = None,
     min_workers: Annotated[
         int | None, typer.Option(min=1, help="Go on with as few while nodes are gone; take more when they are back.")
@@ -183,7 +183,9 @@ def train(
 def tune(
     dataset: Annotated[str, typer.Argument(help="A dataset folder made by prepare.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where trials, table, picture and best.yaml go.")],
-    preset_: Annotated[str, typer.Option("--preset", help="small, base or paper: where the search begins.")] = "small",
+    preset_: Annotated[
+        str, typer.Option("--preset", help="small, wide, base or paper: where the search begins.")
+    ] = "small",
     trials: Annotated[int, typer.Option(min=1, help="The first is the preset itself.")] = 12,
     dial: Annotated[
         list[str] | None, typer.Option("--dial", metavar="PATH=LOW..HIGH", help="Or PATH=A,B,C; repeatable.")

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, PlainValidator, field_validator, mod
 
 from rayrec.errors import UsageError
 from rayrec.schema import ACTIONS, ENGAGEMENTS, HEADS
-from rayrec.settings import Settings
+from rayrec.settings import Settings, from_dict
 
 # ---------------------------------------------------------------- prepare
 
@@ -151,6 +151,8 @@ class ModelConfig(Settings):
     use_id: bool = True
     use_image: bool = True
     use_attributes: bool = True
+    use_moment: bool = Field(True, description="how long after the last event, and at which hour, a visitor asks")
+    moment_dropout: float = Field(0.1, ge=0, lt=1, description="share of visitors who do not tell in a training step")
     fusion_width: int = Field(64, ge=4, description="hidden width of the fusion MLP")
     candidates: int = Field(120, ge=10, description="items of each source that the fusion re-orders")
 
@@ -266,8 +268,19 @@ class Config(Settings):
         return self
 
 
+BEFORE_IT_WAS_A_SETTING: dict[str, dict[str, Any]] = {"model": {"use_moment": False}, "train": {"cnn_lr": 1.0}}
+"""What settings meant that were saved before there was one, where its default is another."""
+
+
+def saved_config(tree: dict[str, Any]) -> Config:
+    """The settings that a bundle or a training saved, by this version or an earlier one. Raises UsageError."""
+    before = {group: {**old, **tree.get(group, {})} for group, old in BEFORE_IT_WAS_A_SETTING.items()}
+    return from_dict(Config, {**tree, **before})
+
+
 PRESETS: dict[str, Config] = {
     "small": Config(),
+    "wide": Config(preset="wide", model=ModelConfig(width=128, hidden_width=256), train=TrainConfig(epochs=8)),
     "base": Config(
         preset="base",
         model=ModelConfig(width=128, hidden_width=256, max_len=100, image_size=64, cnn_channels=(32, 64, 128, 128)),
@@ -281,7 +294,7 @@ PRESETS: dict[str, Config] = {
         ),
     ),
 }
-"""`small`: the default, good on two cores. `base`: for GPUs. `paper`: the founding model to the letter."""
+"""`small`: the default, good on two cores. `wide`: better from half a million events on, at the same cost. `base`: for GPUs. `paper`: the founding model to the letter."""
 
 
 def preset(name: str) -> Config:

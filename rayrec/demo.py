@@ -57,16 +57,17 @@ def run(work: Path, port: int, leave: bool) -> dict[str, Any]:
             bundle = train(str(dataset), str(bundles), preset("small"))
         with _chapter(4, "evaluate: the model beside the floors and the oracle"):
             result = judge(str(bundle.path), str(dataset), "test", work / "report.html")
-            oracle = oracle_figures(Oracle.open(raw), Dataset.open(str(dataset)))
+            known = Oracle.open(raw), Dataset.open(str(dataset))
+            oracles = {"oracle": oracle_figures(*known), "oracle_told": oracle_figures(*known, is_told=True)}
     finally:
         cluster.disconnect()  # serving starts Ray with settings of its own
-    lines = table_lines(result, oracle)
+    lines = table_lines(result, {name.replace("_", ", "): figures for name, figures in oracles.items()})
     story: dict[str, Any] = {
         "bundle": str(bundle.path),
         "report": str(work / "report.html"),
         "events": report["events"]["kept"],
         "table": {
-            "oracle": oracle,
+            **oracles,
             "model": {name: result[name] for name in ("metrics", "next", "cart", "purchase")},
             **result["floors"],
         },

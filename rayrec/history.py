@@ -20,6 +20,7 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 MAX_GAP_S = 365 * 86_400.0
+UNKNOWN = -1.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class HistoryBatch:
     hour_BL    [B, L] float32  hour of the day in UTC, [0, 24); -1 where the clock has no time of day, or padding
     seen_BL    [B, L] bool     the item occurred earlier among these L events
     length_B   [B]    int64    events that are not padding; 0 for a visitor without history
+
+    And of the moment at which the visitor asks, UNKNOWN (-1) where it is not told, or the clock cannot tell:
+
+    since_s_B  [B]    float32  seconds since the newest of the events, see `rounded_down`; unknown without any
+    now_hour_B [B]    float32  hour of the day in UTC, whole
     """
 
     item_BL: Ints
@@ -40,6 +46,8 @@ class HistoryBatch:
     hour_BL: Floats
     seen_BL: npt.NDArray[np.bool_]
     length_B: Ints
+    since_s_B: Floats
+    now_hour_B: Floats
 
     def __len__(self) -> int:
         return len(self.length_B)
@@ -51,8 +59,12 @@ class HistoryBatch:
     def digests(self) -> list[bytes]:
         """What tells each history from all others: a hash of what is in it, whatever it is padded to."""
         columns = (self.item_BL, self.action_BL, self.gap_s_BL, self.hour_BL, self.seen_BL)
+        moment_B2 = np.stack([self.since_s_B, self.now_hour_B], 1)
         return [
-            hashlib.blake2b(b"".join(values_BL[b, :length].tobytes() for values_BL in columns), digest_size=16).digest()
+            hashlib.blake2b(
+                b"".join([moment_B2[b].tobytes(), *(values_BL[b, :length].tobytes() for values_BL in columns)]),
+                digest_size=16,
+            ).digest()
             for b, length in enumerate(self.length_B.tolist())
         ]
 
@@ -66,6 +78,7 @@ def encode_history(
     max_len: int,
     clock: str,
     actions: Sequence[str] = ACTIONS,
+    asked_ms: npt.ArrayLike | None = None,
 ) -> HistoryBatch:
     """Encode the events of B visitors, laid end to end.
 
@@ -74,6 +87,7 @@ def encode_history(
     max_len: L; only the newest L events of a visitor are kept.
     clock: "time", "date" or "order"; gaps need time or date, hours need time.
     actions: what the model reads; events of other actions are dropped before anything else, as if never logged.
+    asked_ms: [B], the moment for which each visitor asks, where it is told.
 
     >>> batch = encode_history([5, 7, 5], [1, 1, 2], [0, 1000, 3000], [0, 3], max_len=4, clock="time")
     >>> batch.item_BL.tolist(), batch.gap_s_BL.tolist(), batch.seen_BL.tolist()
@@ -113,7 +127,31 @@ def encode_history(
         hour_BL=padded(hour_E, -1),
         seen_BL=padded(_seen_before(item_E, visitor_E), False),
         length_B=length_B,
+        **_moment(asked_ms, time_E, length_B, clock),
     )
+
+
+def _moment(asked_ms: npt.ArrayLike | None, time_E: Ints, length_B: Ints, clock: str) -> dict[str, Floats]:
+    """`since_s_B` and `now_hour_B` of a HistoryBatch. time_E: of the events that are read."""
+    since_B, hour_B = (np.full(len(length_B), UNKNOWN, np.float32) for _ in range(2))
+    if asked_ms is not None and clock != "order":
+        asked_B, has_any_B = np.asarray(asked_ms, np.int64), length_B > 0
+        newest_B = time_E[np.cumsum(length_B)[has_any_B] - 1]
+        since_B[has_any_B] = rounded_down((asked_B[has_any_B] - newest_B) / 1000.0)
+        if clock == "time":
+            hour_B[:] = asked_B // 3_600_000 % 24
+    return {"since_s_B": since_B, "now_hour_B": hour_B}
+
+
+def rounded_down(since_s: npt.ArrayLike) -> Floats:
+    """Seconds as 0, 1, 2, 4, 8, ... minutes, up to MAX_GAP_S: a moment is then the same for a while, and with it what
+    was computed for it. float32.
+
+    >>> rounded_down([-5, 59, 60, 200, 86_400]).tolist()
+    [0.0, 0.0, 60.0, 120.0, 61440.0]
+    """
+    minutes = np.clip(np.asarray(since_s, np.float64), 0.0, MAX_GAP_S) / 60
+    return (60 * np.where(minutes < 1, 0.0, 2 ** np.floor(np.log2(np.maximum(minutes, 1))))).astype(np.float32)
 
 
 def is_read(action_E: Ints, actions: Sequence[str]) -> npt.NDArray[np.bool_]:

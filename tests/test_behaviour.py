@@ -10,7 +10,8 @@ import torch
 
 from rayrec.config import ModelConfig
 from rayrec.history import HistoryBatch
-from rayrec.model.behaviour import Behaviour, EventDropout, HistoryTensors, Recurrent, VariationalDropout, last_BD
+from rayrec.model.behaviour import Behaviour, EventDropout, Recurrent, VariationalDropout, last_BD
+from rayrec.model.history_tensors import HistoryTensors
 
 ENCODERS = ("lstm", "gru", "transformer")
 WIDTH = 8
@@ -31,9 +32,11 @@ def histories(*lengths: int, longest: int = 12) -> HistoryTensors:
             item_BL=rng.integers(1, 30, shape) * real_BL,
             action_BL=rng.integers(1, 5, shape) * real_BL,
             gap_s_BL=rng.integers(0, 9999, shape).astype(np.float32) * real_BL,
-            hour_BL=rng.integers(0, 24, shape) * real_BL,
+            hour_BL=rng.integers(0, 24, shape).astype(np.float32) * real_BL,
             seen_BL=np.zeros(shape, bool),
             length_B=np.array(lengths, np.int64),
+            since_s_B=np.array([60.0 * 2**n for n in range(len(lengths))], np.float32),
+            now_hour_B=np.arange(len(lengths), dtype=np.float32),
         )
     )
 
@@ -91,7 +94,10 @@ def test_it_learns_the_order_of_events(encoder: str) -> None:
     table_ND = torch.eye(WIDTH)
     item_BL = torch.tensor([[1, 2, 3], [2, 1, 3]])
     plain = torch.zeros_like(item_BL)
-    history = HistoryTensors(item_BL, plain, plain.float(), plain, plain.bool(), torch.tensor([3, 3]))
+    moment_B = torch.full((2,), -1.0)
+    history = HistoryTensors(
+        *(item_BL, plain, plain.float(), plain.float(), plain.bool(), torch.tensor([3, 3]), moment_B, moment_B)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(150):
         optimizer.zero_grad()

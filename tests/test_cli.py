@@ -56,7 +56,7 @@ def rayrec(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         ("prepare DIR DIR/out --set images.size", "write it as path=value"),
         ("prepare nowhere://x DIR/out", "nowhere://x"),
         ("train DIR/none DIR/out", "DIR/none: no such dataset; make one with: rayrec prepare"),
-        ("train DIR DIR/out --preset huge", "unknown preset 'huge': choose one of small, base, paper"),
+        ("train DIR DIR/out --preset huge", "unknown preset 'huge': choose one of small, wide, base, paper"),
         ("train DIR DIR/out --set train.epoch=3", "did you mean 'epochs'?"),
         ("train DIR DIR/out --set model.dropout=2", "model.dropout"),
         ("train DIR DIR/out --epochs 0", "--epochs"),

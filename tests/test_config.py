@@ -34,7 +34,7 @@ def test_paper_is_the_founding_model_to_the_letter() -> None:
 
 
 def test_an_unknown_preset_names_the_others() -> None:
-    with pytest.raises(UsageError, match="unknown preset 'big': choose one of small, base, paper"):
+    with pytest.raises(UsageError, match="unknown preset 'big': choose one of small, wide, base, paper"):
         preset("big")
 
 

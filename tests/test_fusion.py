@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
-from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.encoders import ItemTable
 from rayrec.model.fusion import DECAYS, N_FEATURES, TOUCHES, Fusion
+from rayrec.model.history_tensors import HistoryTensors
 from rayrec.schema import ACTION_CODE, HEADS
 
 WIDTH = 16
@@ -160,16 +159,6 @@ def test_a_score_does_not_depend_on_the_other_candidates(items: ItemTable, vecto
     many = features(items, vector_ND, history, torch.tensor([[4, 17, 0, 30]]))
     one = features(items, vector_ND, history, torch.tensor([[17]]))
     torch.testing.assert_close(many[:, 1:2], one, atol=1e-6, rtol=1e-5)
-
-
-def test_the_hour_of_a_visit_changes_nothing(items: ItemTable, vector_ND: torch.Tensor) -> None:
-    """The fusion must not use what is unknown of the request that it answers."""
-    history = past([(1, "view"), (2, "cart")])
-    later = dataclasses.replace(history, hour_BL=history.hour_BL + 5)
-    candidate_BC = torch.tensor([[3, 4]])
-    torch.testing.assert_close(
-        features(items, vector_ND, history, candidate_BC), features(items, vector_ND, later, candidate_BC)
-    )
 
 
 def test_what_an_action_teaches_does_not_pull_at_next(items: ItemTable, vector_ND: torch.Tensor) -> None:

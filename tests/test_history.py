@@ -13,13 +13,19 @@ from rayrec.history import MAX_GAP_S, HistoryBatch, encode_history
 from rayrec.schema import ACTION_CODE, ACTIONS
 
 DAY_MS = 86_400_000
-FIELDS = ("item_BL", "action_BL", "gap_s_BL", "hour_BL", "seen_BL", "length_B")
+FIELDS = ("item_BL", "action_BL", "gap_s_BL", "hour_BL", "seen_BL", "length_B", "since_s_B", "now_hour_B")
 
 Event = tuple[int, int, int]
 """(item, action, time_ms)"""
 
 
+def asked_ms(history: list[Event]) -> int:
+    """Some time after the last event, or a little before: clocks differ."""
+    return sum(item * time_ms for item, _, time_ms in history[-1:]) - 1000
+
+
 def encode(histories: list[list[Event]], max_len: int, clock: str, **reads: Any) -> HistoryBatch:
+    reads = {"asked_ms": [asked_ms(history) for history in histories], **reads}
     events = [event for history in histories for event in history]
     item, action, time_ms = zip(*events, strict=True) if events else ((), (), ())
     offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories], dtype=np.int64)])
@@ -43,7 +49,17 @@ def encode_slowly(histories: list[list[Event]], max_len: int, clock: str) -> dic
         rows["hour_BL"].append(hours + [-1.0] * padding)
         rows["seen_BL"].append(seen + [False] * padding)
         rows["length_B"].append(len(newest))
+        since_s = steps_down((asked_ms(history) - newest[-1][2]) / 1000) if newest and clock != "order" else -1
+        rows["since_s_B"].append(since_s)
+        rows["now_hour_B"].append(asked_ms(history) // 3_600_000 % 24 if clock == "time" else -1)
     return rows
+
+
+def steps_down(since_s: float) -> float:
+    step_s = 60.0
+    while since_s >= 2 * step_s:
+        step_s *= 2
+    return step_s if since_s >= 60 else 0.0
 
 
 histories = st.lists(
@@ -84,7 +100,9 @@ def test_events_that_are_not_read_are_as_if_never_logged(
 ) -> None:
     codes = {ACTION_CODE[action] for action in actions}
     bare = [[event for event in history if event[1] in codes] for history in histories]
-    found, expected = encode(histories, max_len, "time", actions=sorted(actions)), encode(bare, max_len, "time")
+    asked = [10 * DAY_MS] * len(histories)
+    found = encode(histories, max_len, "time", actions=sorted(actions), asked_ms=asked)
+    expected = encode(bare, max_len, "time", asked_ms=asked)
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
@@ -99,6 +117,8 @@ def test_types_and_shapes() -> None:
         "hour_BL": ("float32", (2, 4)),
         "seen_BL": ("bool", (2, 4)),
         "length_B": ("int64", (2,)),
+        "since_s_B": ("float32", (2,)),
+        "now_hour_B": ("float32", (2,)),
     }
 
 
@@ -108,6 +128,18 @@ def test_no_visitors_and_no_events() -> None:
     assert empty.length_B.tolist() == [0, 0]
     assert (empty.item_BL == 0).all()
     assert (empty.hour_BL == -1).all()
+    assert (empty.since_s_B == -1).all()
+
+
+def test_who_does_not_say_when_is_not_guessed_at() -> None:
+    batch = encode([[(1, 1, 0)]], 2, "time", asked_ms=None)
+    assert batch.since_s_B.tolist() == [-1]
+    assert batch.now_hour_B.tolist() == [-1]
+
+
+def test_a_history_is_the_same_for_a_while_and_then_another() -> None:
+    digest = [encode([[(1, 1, 0)]], 2, "time", asked_ms=[minute * 60_000]).digests()[0] for minute in (4, 7, 8)]
+    assert digest[0] == digest[1] != digest[2]
 
 
 def test_narrow_types_as_stored_are_taken() -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from rayrec.catalogue import Catalogue
 from rayrec.config import PRESETS
 from rayrec.history import encode_history
-from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.encoders import as_float
+from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.paper import Pairs, PaperModel, ReluLSTM
 from rayrec.model.recommender import Recommender, build
 from rayrec.schema import ACTION_CODE

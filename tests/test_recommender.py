@@ -11,8 +11,8 @@ import torch
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
-from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import FOLLOW_FEATURES
+from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.recommender import Lists, NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE
 

@@ -106,12 +106,15 @@ def test_nan_scores_are_worst_and_never_shown() -> None:
 def test_what_a_ranker_reads_is_the_history_before_the_target() -> None:
     class Spy(ScoreTable):
         def rank_all(self, history: HistoryBatch, head: str) -> np.ndarray:
-            self.read = history.item_BL.tolist()
+            self.read, self.since_s = history.item_BL.tolist(), history.since_s_B.tolist()
             return super().rank_all(history, head)
 
-    spy = Spy(next=[1, 2, 3, 4])
-    ask(spy, sequence_table([1, 2, 3, 4]), n_items=4, max_len=2, protocols=("next",))
+    spy, sequences = Spy(next=[1, 2, 3, 4]), sequence_table([1, 2, 3, 4])
+    minutes = pa.array([[0, 60_000, 120_000, 120_000 + 9 * 60_000]], pa.list_(pa.int64()))
+    sequences = sequences.set_column(sequences.schema.get_field_index("time_ms"), "time_ms", minutes)
+    ask(spy, sequences, n_items=4, max_len=2, protocols=("next",))
     assert spy.read == [[2, 3]]
+    assert spy.since_s == [8 * 60], "it is told when the target came, in steps"
 
 
 def test_a_ranker_that_reads_some_actions_is_asked_about_the_same_targets() -> None:

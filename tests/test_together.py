@@ -16,8 +16,8 @@ import tinyshop
 import torch
 from torch import Tensor, nn
 
-from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import FOLLOW_FEATURES
+from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.recommender import Lists, NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE
 from rayrec.training.batches import history_of
@@ -25,7 +25,13 @@ from rayrec.training.loop import Learner, dealt, train_epoch, weigh
 from rayrec.training.windows import examples, next_item_windows
 
 CPU = torch.device("cpu")
-PLAIN = ("model.dropout=0", "model.id_dropout=0", "model.use_image=false", "train.clip_norm=0")
+PLAIN = (
+    "model.dropout=0",
+    "model.id_dropout=0",
+    "model.moment_dropout=0",
+    "model.use_image=false",
+    "train.clip_norm=0",
+)
 
 
 class Others:

@@ -20,7 +20,7 @@ from rayrec.bench.made_shop import draw_items
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config, TrainConfig, preset
 from rayrec.history import encode_history
-from rayrec.model.behaviour import HistoryTensors
+from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.recommender import SAMPLED_NEGATIVES, NextItems, Recommender, build
 from rayrec.progress import step
 from rayrec.schema import ACTION_CODE

@@ -42,6 +42,8 @@ from rayrec.serving.scorer import load_scorer
 from rayrec.settings import with_settings
 
 US = "rayrec"
+ON_EQUAL_TERMS = ("model.use_moment=false",)
+"""The others are not told when a visitor asks."""
 FLOORS = ("popular", "markov")
 MIXED = " + markov"
 LENGTH = 100
@@ -202,7 +204,8 @@ class Shop:
             return self._peer(model, Path(scratch), settings, seed)
 
     def _ours(self, scratch: Path, settings: Settings, seed: int) -> tuple[Answers, Cost]:
-        choices = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+        given = [*ON_EQUAL_TERMS, *(f"{name}={value}" for name, value in settings.items())]
+        choices = [word for setting in given for word in ("--set", setting)]
         command = [sys.executable, "-m", "rayrec", "train", self.dataset.path, str(scratch), "--seed", str(seed)]
         cost: Cost = dict(measured([*command, *choices]).figures())
         bundle = Bundle.open(str(scratch))

@@ -18,10 +18,12 @@ PROTOCOLS = ("metrics", "next", "cold")
 BATCH = 512
 
 
-def oracle_figures(oracle: Oracle, dataset: Dataset, split: Split = "test") -> dict[str, Figures]:
+def oracle_figures(
+    oracle: Oracle, dataset: Dataset, split: Split = "test", *, is_told: bool = False
+) -> dict[str, Figures]:
     """Figures of the oracle under PROTOCOLS; it ranks each whole history by true chance.
 
-    It does not know when the next event will be, as no model does.
+    is_told: it knows when the visitor asks, as a model does; without it weighs the times that are likely.
     """
     sequences, catalogue = dataset.sequences(), dataset.catalogue()
     settings = ReplaySettings(
@@ -41,8 +43,9 @@ def oracle_figures(oracle: Oracle, dataset: Dataset, split: Split = "test") -> d
                 catalogue.ids[visitors.item_A[events]].tolist(),
                 [ACTIONS[code - 1] for code in visitors.action_A[events]],
                 visitors.time_ms_A[events].tolist(),
+                int(visitors.time_ms_A[visitors.offsets[row] + place]) if is_told else None,
             )
-            for row, events in zip(row_B, np.split(event_E, offsets[1:-1]), strict=True)
+            for row, place, events in zip(row_B, place_B, np.split(event_E, offsets[1:-1]), strict=True)
         ]
         scores_BN = oracle.scores_batch(queries, catalogue.ids.tolist())
         question = Question.ask(visitors, row_B, place_B, settings)

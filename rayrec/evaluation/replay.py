@@ -297,7 +297,7 @@ class Question:
         settings: ReplaySettings,
         actions: tuple[str, ...] = ACTIONS,
     ) -> Question:
-        """The question of rows `row_B`, each before its event at `place_B`, to one who reads `actions`."""
+        """The question of rows `row_B`, each when its event at `place_B` came, to one who reads `actions`."""
         event, offsets = visitors.before(row_B, place_B)
         item_E = visitors.item_A[event]
         history = encode_history(
@@ -308,6 +308,7 @@ class Question:
             max_len=settings.max_len,
             clock=settings.clock,
             actions=actions,
+            asked_ms=visitors.time_ms_A[visitors.offsets[row_B] + place_B],
         )
         asker_E = np.repeat(np.arange(len(row_B)), place_B)
         seen = np.unique(np.stack([asker_E, item_E], axis=1), axis=0)  # all of the history, not the newest alone

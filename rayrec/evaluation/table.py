@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 COLUMNS = {"metrics": "new item", "next": "any item", "cart": "cart", "purchase": "purchase", "cold": "cold item"}
 
 
-def table_lines(result: dict[str, Any], oracle: dict[str, Any] | None = None) -> list[str]:
-    """Every ranker's NDCG@10 and HR@10 in each protocol; `oracle` is figures by protocol."""
-    rows = {"oracle": oracle} if oracle else {}
-    rows["model"] = result
+def table_lines(result: dict[str, Any], oracles: Mapping[str, dict[str, Any]] | None = None) -> list[str]:
+    """Every ranker's NDCG@10 and HR@10 in each protocol; `oracles` are figures by protocol, by the oracle's name."""
+    rows = {**(oracles or {}), "model": result}
     rows |= {name: {"metrics": floor, **floor} for name, floor in result["floors"].items()}
     sampled = " (a sample)" if result["settings"]["sampled_users"] else ""
     lines = [f"{result['users']} test users{sampled}, {result['items']} items; NDCG@10 (HR@10) of the next"]
-    lines.append(f"{'':<10}" + "".join(f"{title:>18}" for title in COLUMNS.values()))
+    width = max(10, *(len(name) + 1 for name in rows))
+    lines.append(" " * width + "".join(f"{title:>18}" for title in COLUMNS.values()))
     for name, body in rows.items():
         cells = [_cell((body or {}).get(protocol, {})) for protocol in COLUMNS]
-        lines.append(f"{name:<10}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
     return lines
 
 

@@ -5,46 +5,17 @@ In: item vectors and `HistoryTensors`. Out: a vector of width D after each event
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rayrec.config import ModelConfig
-from rayrec.history import HistoryBatch
+from rayrec.model.history_tensors import HistoryTensors
+from rayrec.model.moment import Moment, after_each
 from rayrec.schema import ACTIONS
 
 GAP_BUCKETS = 32
-
-
-@dataclass(frozen=True)
-class HistoryTensors:
-    """A `HistoryBatch` on a device, trimmed to its longest history (at least one column)."""
-
-    item_BL: Tensor
-    action_BL: Tensor
-    gap_s_BL: Tensor
-    hour_BL: Tensor
-    seen_BL: Tensor
-    length_B: Tensor
-
-    @classmethod
-    def of(cls, batch: HistoryBatch, device: torch.device | str = "cpu", pin: bool = False) -> HistoryTensors:
-        """Tensors that share the arrays' memory on the CPU; `pin` prepares them for an asynchronous copy."""
-        longest = max(1, int(batch.length_B.max(initial=0)))
-
-        def move(values: npt.NDArray[Any]) -> Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(values))
-            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
-
-        columns = (batch.item_BL, batch.action_BL, batch.gap_s_BL, batch.hour_BL, batch.seen_BL)
-        item, action, gap_s, hour, seen = (move(values[:, :longest]) for values in columns)
-        return cls(item, action, gap_s, hour, seen, move(batch.length_B))
 
 
 class Behaviour(nn.Module):
@@ -64,8 +35,10 @@ class Behaviour(nn.Module):
         self.normalise = nn.LayerNorm(width) if config.layer_norm else nn.Identity()
         self.dropout = VariationalDropout(config.dropout) if config.variational else nn.Dropout(config.dropout)
         self.encoder: nn.Module = Transformer(config) if config.encoder == "transformer" else Recurrent(config)
-        self.project = nn.Linear(width if config.encoder == "transformer" else config.hidden_width, width)
+        out_width = width if config.encoder == "transformer" else config.hidden_width
+        self.project = nn.Linear(out_width, width)
         self.residual = nn.Parameter(torch.ones(()))
+        self.moment = Moment(out_width + 1) if config.use_moment else None
 
     def forward(self, item_BLD: Tensor, history: HistoryTensors) -> Tensor:
         """[B, L, D] item vectors -> [B, L, D]; entry l has read events 0..l."""
@@ -74,7 +47,11 @@ class Behaviour(nn.Module):
         # A recurrence adds up bf16's rounding over every step (and not every CPU has a bf16 LSTM): keep it in float32.
         with torch.autocast(step_BLD.device.type, enabled=False):
             state_BLH = self.encoder(self.dropout(self.normalise(step_BLD.float())), history.length_B)
-        return self.project(self.dropout(state_BLH)) + self.residual * item_BLD
+        residual: Tensor = self.residual
+        if self.moment is not None:
+            change_BLH, change_BL1 = self.moment(after_each(history)).split([state_BLH.shape[-1], 1], -1)
+            state_BLH, residual = state_BLH * (1 + change_BLH), residual * (1 + change_BL1)
+        return self.project(self.dropout(state_BLH)) + residual * item_BLD
 
 
 class EventDropout(nn.Module):

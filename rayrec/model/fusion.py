@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayrec.config import ModelConfig
-from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.encoders import ItemTable, looked_up
+from rayrec.model.history_tensors import HistoryTensors
+from rayrec.model.moment import Moment, asked
 from rayrec.schema import ACTION_CODE, HEAD_ACTIONS, HEADS
 
 TOUCHES = ("view", "click", "cart", "favorite", "purchase")
@@ -40,6 +41,7 @@ class Fusion(nn.Module):
         self.hidden = nn.Sequential(nn.Linear(N_FEATURES, config.fusion_width), nn.ReLU(), nn.Dropout(0.1))
         self.out = nn.Linear(config.fusion_width, len(HEADS))
         self.linear = nn.Linear(N_FEATURES, len(HEADS))
+        self.moment = Moment(config.fusion_width) if config.use_moment else None
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         nn.init.zeros_(self.linear.weight)
@@ -65,7 +67,11 @@ class Fusion(nn.Module):
         """
         vector_BCD, past_BLD = looked_up(vector_ND, candidate_BC), looked_up(vector_ND, history.item_BL)
         feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BCF)
-        hidden_BCW = self.hidden(feature_BCF)
+        crossed, rectified, dropped = self.hidden
+        hidden_BCW = crossed(feature_BCF)
+        if self.moment is not None:  # as one more feature would, one for each moment
+            hidden_BCW = hidden_BCW + self.moment(asked(history))[:, None]
+        hidden_BCW = dropped(rectified(hidden_BCW))
         next_BC1 = self._own(feature_BCF, hidden_BCW, slice(0, 1))
         # What a rare action teaches must not pull at "next": it moves its own weights alone.
         difference_BCH = self._own(feature_BCF.detach(), hidden_BCW.detach(), slice(1, None))

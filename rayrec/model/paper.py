@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayrec.config import Config
-from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.encoders import ItemTable, as_float
+from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.losses import nothing
 from rayrec.schema import ACTION_CODE
 

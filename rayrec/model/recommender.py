@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from rayrec.catalogue import Catalogue
 from rayrec.config import SCRATCH, Config, ModelConfig
 from rayrec.model.backbone import below, encode, pretrained, reading_size
-from rayrec.model.behaviour import Behaviour, HistoryTensors, last_BD
+from rayrec.model.behaviour import Behaviour, last_BD
 from rayrec.model.encoders import Fresh, ItemEncoder, ItemTable, PretrainedCNN, looked_up, shrink
 from rayrec.model.fusion import Fusion, teaches
+from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, nothing, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
 from rayrec.model.paper import PaperModel
@@ -120,7 +121,8 @@ class Recommender(nn.Module):
         target_P = batch.target_BL[real_BL]
         if not len(target_P):
             return self._nothing()
-        past_BL = batch.history.item_BL
+        history = self._not_all_told(batch.history)
+        past_BL = history.item_BL
         n_past = past_BL.numel()
         used = torch.cat([past_BL.flatten(), target_P])
         negative_M = self.sampler(self.sampled).to(target_P.device) if self.sampled else None
@@ -128,7 +130,7 @@ class Recommender(nn.Module):
         fresh_used, fresh_other = self._pictures(used, other_M)
         row_R, place = used.unique(return_inverse=True)
         used_D = self.item_encoder(self.items, row_R, fresh_used)[place]
-        user_BLD = self.behaviour(used_D[:n_past].view(*past_BL.shape, -1), batch.history)
+        user_BLD = self.behaviour(used_D[:n_past].view(*past_BL.shape, -1), history)
         user_PD, target_PD = user_BLD[real_BL], used_D[n_past:]
         other_MD = self.item_encoder(self.items, other_M, fresh_other)
         if negative_M is None:
@@ -180,13 +182,19 @@ class Recommender(nn.Module):
 
     def _fusion_losses(self, batch: Lists) -> Tensor:
         assert self.vector_ND is not None, "set vector_ND before training the fusion"
+        history = self._not_all_told(batch.history)
         with torch.no_grad():
-            user_BD = self.encode_users(batch.history, self.vector_ND)
-        logit_BCH = self.fuse(batch.history, user_BD, batch.candidate_BC, self.vector_ND, batch.follow_BCF)
+            user_BD = self.encode_users(history, self.vector_ND)
+        logit_BCH = self.fuse(history, user_BD, batch.candidate_BC, self.vector_ND, batch.follow_BCF)
         logit_BCH = logit_BCH.masked_fill((batch.candidate_BC == 0)[..., None], -1e4)
         weight_BH = teaches(batch.action_B).float()
         losses = [listwise(logit_BCH[..., h], batch.target_B, weight_BH[:, h]) for h in range(len(HEADS))]
         return torch.stack(losses)
+
+    def _not_all_told(self, history: HistoryTensors) -> HistoryTensors:
+        """In a training step the moment of some visitors is hidden, so that others can do without it."""
+        config = self.config.model
+        return history.forgetting(config.moment_dropout) if self.training and config.use_moment else history
 
     def train(self, mode: bool = True) -> Recommender:
         """As every module's; once the vectors are frozen the first stage stays in evaluation mode, without dropout."""

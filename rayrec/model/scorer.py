@@ -17,9 +17,9 @@ from rayrec.config import SCRATCH
 from rayrec.followers import Followers, longer
 from rayrec.history import HistoryBatch
 from rayrec.model.backbone import pretrained
-from rayrec.model.behaviour import HistoryTensors
 from rayrec.model.candidates import Memory, retrieve
 from rayrec.model.encoders import ItemTable
+from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.paper import PaperModel
 from rayrec.model.recommender import Recommender, read_pictures
 

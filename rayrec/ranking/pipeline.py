@@ -26,7 +26,7 @@ from rayrec.history import HistoryBatch
 from rayrec.ranking.explain import Explainer
 from rayrec.ranking.explore import explore
 from rayrec.ranking.policy import Policy
-from rayrec.ranking.reading import DAY_MS, Reading, items_at_hand
+from rayrec.ranking.reading import DAY_MS, Reading
 from rayrec.ranking.requests import (
     MAX_K,
     Answer,
@@ -406,7 +406,7 @@ def _forbidden(request: Request, history: History, scene: SceneConfig) -> Forbid
         since_ms = time.time_ns() // 1_000_000 - scene.hide_purchased_days * DAY_MS
         bought = {item_id: last_ms for item_id, last_ms in bought.items() if last_ms >= since_ms}
     return Forbidden(
-        context=frozenset(act.item_id for act in items_at_hand(request)),
+        context=frozenset(one for one in (*request.cart, request.item_id) if one is not None),
         excluded=frozenset(request.filters.exclude),
         hidden=history.hidden,
         bought=frozenset(bought),

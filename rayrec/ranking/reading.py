@@ -56,24 +56,29 @@ class Reading:
         return histories
 
     def encode(self, requests: Sequence[Request], histories: list[History]) -> tuple[HistoryBatch, Asked]:
-        """Histories as the model reads them; the items at hand count as looked at just now."""
+        """Histories as the model reads them, at this moment; the items at hand count as looked at just now."""
+        now_ms = time.time_ns() // 1_000_000
         index = self._reader.catalogue.index
         flat: list[tuple[int, int, int]] = []
         offsets, recent, anchors = [0], [], []
         for request, history in zip(requests, histories, strict=True):
             acts = [act for act in history.acts if act.item_id in index]
-            at_hand = items_at_hand(request)
+            at_hand = items_at_hand(request, now_ms)
             acts += _not_yet(at_hand, acts)
             flat += [(index[act.item_id], ACTION_CODE[act.action], act.time_ms) for act in acts]
             offsets.append(len(flat))
             recent.append(_newest_of([index[act.item_id] for act in acts]))
             anchors.append(_newest_of([index[act.item_id] for act in at_hand]))
         item, action, time_ms = np.array(flat, np.int64).reshape(-1, 3).T
-        reader = self._reader
-        if reader.clock == "date":
-            time_ms = time_ms - time_ms % DAY_MS  # the model never saw an hour
+        reader, asked_ms = self._reader, np.full(len(requests), now_ms, np.int64)
+        if reader.clock == "date":  # the model never saw an hour
+            time_ms, asked_ms = time_ms - time_ms % DAY_MS, asked_ms - asked_ms % DAY_MS
         encoded = encode_history(
-            *(item, action, time_ms, offsets), max_len=reader.max_len, clock=reader.clock, actions=reader.actions
+            *(item, action, time_ms, offsets),
+            asked_ms=asked_ms,
+            max_len=reader.max_len,
+            clock=reader.clock,
+            actions=reader.actions,
         )
         return encoded, Asked(user_BD=None, known_B=encoded.length_B > 0, recent=recent, anchors=anchors)
 
@@ -89,9 +94,8 @@ def _with_events(history: History, request: Request) -> History:
     return History(tuple(acts), {**history.bought, **bought}, history.hidden | hidden)
 
 
-def items_at_hand(request: Request) -> list[Act]:
+def items_at_hand(request: Request, now_ms: int) -> list[Act]:
     """The items of the request's context, as acts of this moment; the item on the page is the newest."""
-    now_ms = time.time_ns() // 1_000_000
     page = [] if request.item_id is None else [Act(request.item_id, "view", now_ms)]
     return [*(Act(item_id, "cart", now_ms) for item_id in request.cart), *page]
 

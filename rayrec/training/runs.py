@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrec.config import Config
+from rayrec.config import Config, saved_config
 from rayrec.errors import ResourceError, UsageError
 from rayrec.files import filesystem
-from rayrec.settings import from_dict
 
 LEAST_ROOM_BYTES = 32 * 1024 * 1024
 """Checkpoints and bundle of a small model. With less it is kinder to say so at once than after an epoch."""
@@ -24,14 +23,10 @@ LEAST_ROOM_BYTES = 32 * 1024 * 1024
 TEACH_NOTHING = ("checkpoint_s", "checkpoint_steps", "tracker", "bad_shards", "min_workers")
 """Settings of `TrainConfig` that a training may change when it goes on: it learns the same."""
 
-BEFORE_IT_WAS_A_SETTING = {"cnn_lr": 1.0}
-"""How trainings learned whose settings do not say so yet, where the default is another."""
-
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """How the settings of a saved training differ from `config`, but for those that teach nothing."""
-    saved = {**saved, "train": {**BEFORE_IT_WAS_A_SETTING, **saved["train"]}}
-    was, now = (from_dict(Config, tree).model_dump(mode="json") for tree in (saved, config.model_dump()))
+    was, now = (settings.model_dump(mode="json") for settings in (saved_config(saved), config))
     found = [] if was["preset"] == now["preset"] else [f"preset was {was['preset']} and is {now['preset']}"]
     return found + [
         f"{group}.{name} was {was[group][name]} and is {value}"

@@ -99,7 +99,8 @@ def fusion_mask(flat: Flat, sequences: pa.Table, share: float) -> Mask:
 def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) -> pa.Table:
     """Rows of at most `max_len` events, with the item that came next after each of them.
 
-    -> item, action, time_ms, target: lists of one length; target is 0 where the next event is withheld. Every
+    -> item, action, time_ms, target: lists of one length; target is 0 where the next event is withheld. asked_ms: when
+    the last target came. Every
     training event is the target of one row at most; windows are cut from the newest event backwards.
     """
     flat = Flat(sequences)
@@ -114,6 +115,7 @@ def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) ->
     start_W = np.maximum(end_W - max_len, 0)
     event_X, offsets = _ranges(flat.start_U[visitor_W] + start_W, end_W - start_W)
     table = _lists(flat, event_X, offsets).append_column("target", _list(target_A[event_X + 1], offsets, pa.int32()))
+    table = table.append_column("asked_ms", pa.array(flat.time_ms_A[flat.start_U[visitor_W] + end_W]))
     taught_W = np.add.reduceat(target_A[event_X + 1] > 0, offsets[:-1]) > 0 if len(visitor_W) else np.empty(0, bool)
     return table.filter(pa.array(taught_W))
 
@@ -122,7 +124,7 @@ def examples(sequences: pa.Table, max_len: int, fusion_share: float | None = Non
     """One row a target: the newest `max_len` events before it, the item, and what was done with it.
 
     fusion_share: only the events that teach the fusion of that share of visitors; None: every training event.
-    -> item, action, time_ms (lists), target (int32), target_action (int8, schema.ACTION_CODE).
+    -> item, action, time_ms (lists), target (int32), target_action (int8, schema.ACTION_CODE), asked_ms: when it came.
     """
     flat = Flat(sequences)
     chosen_A = flat.trainable_A if fusion_share is None else fusion_mask(flat, sequences, fusion_share)
@@ -131,7 +133,8 @@ def examples(sequences: pa.Table, max_len: int, fusion_share: float | None = Non
     event_X, offsets = _ranges(event_T - length_T, length_T)
     table = _lists(flat, event_X, offsets)
     table = table.append_column("target", pa.array(flat.item_A[event_T], pa.int32()))
-    return table.append_column("target_action", pa.array(flat.action_A[event_T], pa.int8()))
+    table = table.append_column("target_action", pa.array(flat.action_A[event_T], pa.int8()))
+    return table.append_column("asked_ms", pa.array(flat.time_ms_A[event_T]))
 
 
 def first_stage_events(sequences: pa.Table, fusion_share: float) -> tuple[Ints, Ints]:
