@@ -294,7 +294,9 @@ PRESETS: dict[str, Config] = {
         ),
     ),
 }
-"""`small`: the default, good on two cores. `wide`: better from half a million events on, at the same cost. `base`: for GPUs. `paper`: the founding model to the letter."""
+"""`small`: the default, good on two cores. `wide`: better from half a million events on, at the same cost.
+`base`: for GPUs. `paper`: the founding model to the letter.
+"""
 
 
 def preset(name: str) -> Config:

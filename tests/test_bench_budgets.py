@@ -16,7 +16,7 @@ from rayrec.errors import UsageError
 from rayrec.model.recommender import Recommender, build
 
 SETTINGS = (*tinyshop.TINY, "train.epochs=1", "train.fusion_epochs=0", "train.refit_epochs=0")
-QUIET = ("model.dropout=0", "model.id_dropout=0", "model.moment_dropout=0", "train.image_budget=all")
+QUIET = ("model.dropout=0", "model.id_dropout=0", "train.image_budget=all")
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_what_might_have_been_pulls_with_the_weight_of_all_it_stands_for(catalog
         assert grad is not None
         return grad.flatten()
 
-    quiet = ("model.dropout=0", "model.id_dropout=0", "model.moment_dropout=0")
+    quiet = ("model.dropout=0", "model.id_dropout=0")
     whole = model_of(catalogue, "train.image_budget=1000", *quiet).train()
     some = model_of(catalogue, "train.image_budget=12", *quiet).train()
     for model in (whole, some):
@@ -136,13 +136,7 @@ def test_an_encoded_picture_teaches_the_cnn_and_enters_the_table(catalogue: Cata
 
 
 def test_activations_computed_again_give_the_same_gradients_and_are_not_kept(catalogue: Catalogue) -> None:
-    quiet = (
-        "model.dropout=0",
-        "model.id_dropout=0",
-        "model.moment_dropout=0",
-        "train.image_budget=all",
-        "model.cnn_channels=[8,8]",
-    )
+    quiet = ("model.dropout=0", "model.id_dropout=0", "train.image_budget=all", "model.cnn_channels=[8,8]")
     gradients, kept = [], []
     for recompute in (0, 5):
         model = model_of(catalogue, f"train.image_recompute={recompute}", *quiet).train()

@@ -25,13 +25,7 @@ from rayrec.training.loop import Learner, dealt, train_epoch, weigh
 from rayrec.training.windows import examples, next_item_windows
 
 CPU = torch.device("cpu")
-PLAIN = (
-    "model.dropout=0",
-    "model.id_dropout=0",
-    "model.moment_dropout=0",
-    "model.use_image=false",
-    "train.clip_norm=0",
-)
+PLAIN = ("model.dropout=0", "model.id_dropout=0", "model.use_image=false", "train.clip_norm=0")
 
 
 class Others:

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rayrec.config import ModelConfig
 from rayrec.model.history_tensors import HistoryTensors
-from rayrec.model.moment import Moment, after_each
 from rayrec.schema import ACTIONS
 
 GAP_BUCKETS = 32
@@ -35,10 +34,8 @@ class Behaviour(nn.Module):
         self.normalise = nn.LayerNorm(width) if config.layer_norm else nn.Identity()
         self.dropout = VariationalDropout(config.dropout) if config.variational else nn.Dropout(config.dropout)
         self.encoder: nn.Module = Transformer(config) if config.encoder == "transformer" else Recurrent(config)
-        out_width = width if config.encoder == "transformer" else config.hidden_width
-        self.project = nn.Linear(out_width, width)
+        self.project = nn.Linear(width if config.encoder == "transformer" else config.hidden_width, width)
         self.residual = nn.Parameter(torch.ones(()))
-        self.moment = Moment(out_width + 1) if config.use_moment else None
 
     def forward(self, item_BLD: Tensor, history: HistoryTensors) -> Tensor:
         """[B, L, D] item vectors -> [B, L, D]; entry l has read events 0..l."""
@@ -47,11 +44,7 @@ class Behaviour(nn.Module):
         # A recurrence adds up bf16's rounding over every step (and not every CPU has a bf16 LSTM): keep it in float32.
         with torch.autocast(step_BLD.device.type, enabled=False):
             state_BLH = self.encoder(self.dropout(self.normalise(step_BLD.float())), history.length_B)
-        residual: Tensor = self.residual
-        if self.moment is not None:
-            change_BLH, change_BL1 = self.moment(after_each(history)).split([state_BLH.shape[-1], 1], -1)
-            state_BLH, residual = state_BLH * (1 + change_BLH), residual * (1 + change_BL1)
-        return self.project(self.dropout(state_BLH)) + residual * item_BLD
+        return self.project(self.dropout(state_BLH)) + self.residual * item_BLD
 
 
 class EventDropout(nn.Module):

@@ -23,19 +23,6 @@ def asked(history: HistoryTensors) -> tuple[Tensor, Tensor]:
     return _since_code(history.since_s_B), (history.now_hour_B + 1).long()
 
 
-def after_each(history: HistoryTensors) -> tuple[Tensor, Tensor]:
-    """Codes of the moments of the next events, as if the visitor had asked then; after the last event, that of asking.
-
-    Unknown for visitors who do not tell when they ask. [B, L] int64 each.
-    """
-    since_s_BL, hour_BL = history.gap_s_BL.roll(-1, 1), history.hour_BL.roll(-1, 1).floor()
-    at_B1 = (history.length_B - 1).clamp(min=0)[:, None]
-    since_BL = _since_code(since_s_BL.scatter(1, at_B1, history.since_s_B[:, None]))
-    hour_BL = (hour_BL.scatter(1, at_B1, history.now_hour_B[:, None]) + 1).long()
-    told_B1 = history.since_s_B[:, None] >= 0
-    return since_BL * told_B1, hour_BL * told_B1
-
-
 def _since_code(since_s: Tensor) -> Tensor:
     minutes = since_s / 60
     code = torch.where(minutes < 1, 1, 2 + minutes.clamp(min=1).log2().long())

@@ -121,8 +121,7 @@ class Recommender(nn.Module):
         target_P = batch.target_BL[real_BL]
         if not len(target_P):
             return self._nothing()
-        history = self._not_all_told(batch.history)
-        past_BL = history.item_BL
+        past_BL = batch.history.item_BL
         n_past = past_BL.numel()
         used = torch.cat([past_BL.flatten(), target_P])
         negative_M = self.sampler(self.sampled).to(target_P.device) if self.sampled else None
@@ -130,7 +129,7 @@ class Recommender(nn.Module):
         fresh_used, fresh_other = self._pictures(used, other_M)
         row_R, place = used.unique(return_inverse=True)
         used_D = self.item_encoder(self.items, row_R, fresh_used)[place]
-        user_BLD = self.behaviour(used_D[:n_past].view(*past_BL.shape, -1), history)
+        user_BLD = self.behaviour(used_D[:n_past].view(*past_BL.shape, -1), batch.history)
         user_PD, target_PD = user_BLD[real_BL], used_D[n_past:]
         other_MD = self.item_encoder(self.items, other_M, fresh_other)
         if negative_M is None:
@@ -182,7 +181,9 @@ class Recommender(nn.Module):
 
     def _fusion_losses(self, batch: Lists) -> Tensor:
         assert self.vector_ND is not None, "set vector_ND before training the fusion"
-        history = self._not_all_told(batch.history)
+        config, history = self.config.model, batch.history
+        if self.training and config.use_moment:  # so that a visitor of whom it is not known can be ranked as well
+            history = history.forgetting(config.moment_dropout)
         with torch.no_grad():
             user_BD = self.encode_users(history, self.vector_ND)
         logit_BCH = self.fuse(history, user_BD, batch.candidate_BC, self.vector_ND, batch.follow_BCF)
@@ -190,11 +191,6 @@ class Recommender(nn.Module):
         weight_BH = teaches(batch.action_B).float()
         losses = [listwise(logit_BCH[..., h], batch.target_B, weight_BH[:, h]) for h in range(len(HEADS))]
         return torch.stack(losses)
-
-    def _not_all_told(self, history: HistoryTensors) -> HistoryTensors:
-        """In a training step the moment of some visitors is hidden, so that others can do without it."""
-        config = self.config.model
-        return history.forgetting(config.moment_dropout) if self.training and config.use_moment else history
 
     def train(self, mode: bool = True) -> Recommender:
         """As every module's; once the vectors are frozen the first stage stays in evaluation mode, without dropout."""

@@ -42,11 +42,11 @@ def minibatches(
 
 
 def history_of(rows: pa.Table, max_len: int, clock: str) -> HistoryBatch:
-    """The histories of `rows` (lists item, action, time_ms, and asked_ms), by the one encoder."""
+    """The histories of `rows` (lists item, action, time_ms; asked_ms, where it is told), by the one encoder."""
     columns = [rows[name].combine_chunks() for name in ("item", "action", "time_ms")]
     offsets = np.concatenate([[0], np.cumsum(np.asarray(columns[0].value_lengths(), np.int64))])
     item, action, time_ms = (np.asarray(column.flatten()) for column in columns)
-    asked_ms = np.asarray(rows["asked_ms"], np.int64)
+    asked_ms = np.asarray(rows["asked_ms"], np.int64) if "asked_ms" in rows.column_names else None
     return encode_history(item, action, time_ms, offsets, max_len=max_len, clock=clock, asked_ms=asked_ms)
 
 

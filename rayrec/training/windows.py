@@ -99,8 +99,7 @@ def fusion_mask(flat: Flat, sequences: pa.Table, share: float) -> Mask:
 def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) -> pa.Table:
     """Rows of at most `max_len` events, with the item that came next after each of them.
 
-    -> item, action, time_ms, target: lists of one length; target is 0 where the next event is withheld. asked_ms: when
-    the last target came. Every
+    -> item, action, time_ms, target: lists of one length; target is 0 where the next event is withheld. Every
     training event is the target of one row at most; windows are cut from the newest event backwards.
     """
     flat = Flat(sequences)
@@ -115,7 +114,6 @@ def next_item_windows(sequences: pa.Table, max_len: int, fusion_share: float) ->
     start_W = np.maximum(end_W - max_len, 0)
     event_X, offsets = _ranges(flat.start_U[visitor_W] + start_W, end_W - start_W)
     table = _lists(flat, event_X, offsets).append_column("target", _list(target_A[event_X + 1], offsets, pa.int32()))
-    table = table.append_column("asked_ms", pa.array(flat.time_ms_A[flat.start_U[visitor_W] + end_W]))
     taught_W = np.add.reduceat(target_A[event_X + 1] > 0, offsets[:-1]) > 0 if len(visitor_W) else np.empty(0, bool)
     return table.filter(pa.array(taught_W))
 
