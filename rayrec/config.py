@@ -294,7 +294,7 @@ PRESETS: dict[str, Config] = {
         ),
     ),
 }
-"""`small`: the default, good on two cores. `wide`: better from half a million events on, at the same cost.
+"""`small`: the default, good on two cores. `wide`: better on a million events, at the same cost.
 `base`: for GPUs. `paper`: the founding model to the letter.
 """
 
