@@ -58,16 +58,17 @@ def run(work: Path, port: int, leave: bool) -> dict[str, Any]:
         with _chapter(4, "evaluate: the model beside the floors and the oracle"):
             result = judge(str(bundle.path), str(dataset), "test", work / "report.html")
             known = Oracle.open(raw), Dataset.open(str(dataset))
-            oracles = {"oracle": oracle_figures(*known), "oracle_told": oracle_figures(*known, is_told=True)}
+            oracle, oracle_told = oracle_figures(*known), oracle_figures(*known, is_told=True)
     finally:
         cluster.disconnect()  # serving starts Ray with settings of its own
-    lines = table_lines(result, {name.replace("_", ", "): figures for name, figures in oracles.items()})
+    lines = table_lines(result, {"oracle": oracle, "oracle, told": oracle_told})
     story: dict[str, Any] = {
         "bundle": str(bundle.path),
         "report": str(work / "report.html"),
         "events": report["events"]["kept"],
         "table": {
-            **oracles,
+            "oracle": oracle,
+            "oracle_told": oracle_told,
             "model": {name: result[name] for name in ("metrics", "next", "cart", "purchase")},
             **result["floors"],
         },

@@ -57,16 +57,16 @@ class HistoryBatch:
         return HistoryBatch(**{name: values[list(rows)] for name, values in vars(self).items()})
 
     def digests(self) -> list[bytes]:
-        """What tells each history from all others: a hash of what is in it, whatever it is padded to."""
+        """What tells the events of each history from all others: a hash of them, whatever they are padded to."""
         columns = (self.item_BL, self.action_BL, self.gap_s_BL, self.hour_BL, self.seen_BL)
-        moment_B2 = np.stack([self.since_s_B, self.now_hour_B], 1)
         return [
-            hashlib.blake2b(
-                b"".join([moment_B2[b].tobytes(), *(values_BL[b, :length].tobytes() for values_BL in columns)]),
-                digest_size=16,
-            ).digest()
+            hashlib.blake2b(b"".join(values_BL[b, :length].tobytes() for values_BL in columns), digest_size=16).digest()
             for b, length in enumerate(self.length_B.tolist())
         ]
+
+    def moments(self) -> list[bytes]:
+        """What tells the moment at which each visitor asks from all others, 8 bytes each."""
+        return [moment_2.tobytes() for moment_2 in np.stack([self.since_s_B, self.now_hour_B], 1)]
 
 
 def encode_history(

@@ -137,9 +137,11 @@ def test_who_does_not_say_when_is_not_guessed_at() -> None:
     assert batch.now_hour_B.tolist() == [-1]
 
 
-def test_a_history_is_the_same_for_a_while_and_then_another() -> None:
-    digest = [encode([[(1, 1, 0)]], 2, "time", asked_ms=[minute * 60_000]).digests()[0] for minute in (4, 7, 8)]
-    assert digest[0] == digest[1] != digest[2]
+def test_a_moment_is_the_same_for_a_while_and_then_another() -> None:
+    batches = [encode([[(1, 1, 0)]], 2, "time", asked_ms=[minute * 60_000]) for minute in (4, 7, 8)]
+    moment = [batch.moments()[0] for batch in batches]
+    assert moment[0] == moment[1] != moment[2]
+    assert len({batch.digests()[0] for batch in batches}) == 1, "the events are the same"
 
 
 def test_narrow_types_as_stored_are_taken() -> None:

@@ -442,14 +442,14 @@ def test_dates_have_no_hour_in_serving_either(state: State) -> None:
 
 
 def test_it_is_told_how_long_after_the_last_event_a_visitor_asks(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer, times = Recording(), (10**12, 10**12 + 50_000, 10**12 + 5 * 3_600_000)
+    scorer, times = Spy(), (10**12, 10**12 + 50_000, 10**12 + 5 * 3_600_000)
     ranker = Ranker(scorer, PLAIN)
     state.append_events([Event("u", "red-1", "view", 10**12)])
     asked = []
     for now_ms in times:
         monkeypatch.setattr("rayrec.ranking.reading.time.time_ns", lambda now_ms=now_ms: now_ms * 1_000_000)
         ranker.recommend([Request("u")], state)
-        asked.append((scorer.history.since_s_B.tolist(), scorer.history.now_hour_B.tolist()))
+        asked.append((scorer.read.since_s_B.tolist(), scorer.read.now_hour_B.tolist()))
     assert asked == [([0.0], [1.0]), ([0.0], [1.0]), ([256 * 60.0], [6.0])]  # 2001-09-09 01:46:40 UTC
 
 

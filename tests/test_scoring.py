@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_whatever_a_visitor_does_is_asked_anew() -> None:
     assert fused(model, histories([1, 2], second=60), [1, 2])[1] == [False]
     assert fused(model, histories([1, 2]), [1, 2], heads={"next": 0.5})[1] == [False]
     assert fused(model, histories([1, 2]), [1, 2])[1] == [True]
+
+
+def test_at_another_moment_scores_are_asked_anew_and_vectors_are_not() -> None:
+    scorer = Counting()
+    model, batch = Remembering(scorer, 10), histories([1, 2])
+    fused(model, batch, [1, 2, 3])
+    later = dataclasses.replace(batch, since_s_B=np.array([240.0], np.float32))
+    assert fused(model, later, [1, 2, 3])[1] == [False]
+    assert (scorer.calls, scorer.scored) == ([1], 6)
+    assert fused(model, batch, [1, 2, 3])[1] == fused(model, later, [1, 2, 3])[1] == [True]
 
 
 def test_padding_changes_nothing_of_who_is_who() -> None:

@@ -1,7 +1,7 @@
 """What ranking asks of a model, and what it keeps of the answers.
 
 In: histories and candidates. Out: visitors' vectors and scores. It must not know requests, rules or who the visitors
-are: a history is known by what is in it, so that whatever a visitor does is asked anew.
+are: a history is known by what is in it, so that whatever a visitor does is asked anew; a score, by the moment as well.
 
 Axes: B requests, C candidates, D width.
 """
@@ -89,7 +89,7 @@ class Remembering:
         candidates_BC: ascending in each row, padding at the end.
         """
         weighed = repr(sorted(heads.items())).encode()
-        keys = [key + weighed for key in history.digests()]
+        keys = [key + moment + weighed for key, moment in zip(history.digests(), history.moments(), strict=True)]
         score_BC = np.full(candidates_BC.shape, -np.inf, np.float32)
         is_known_BC = candidates_BC == 0
         for b, key in enumerate(keys):
