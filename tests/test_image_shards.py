@@ -7,7 +7,7 @@ import pickle
 import pyarrow.fs as pafs
 
 from rayrec.config import ImageConfig
-from rayrec.data.image_shards import FOLDER, ImageDecoder, ImageRef, Packed
+from rayrec.data.image_shards import BATCH, FOLDER, ImageDecoder, ImageRef, Packed
 from rayrec.data.staging import Folder
 
 
@@ -18,7 +18,7 @@ def test_parts_come_back_as_they_were_packed() -> None:
 
 
 def test_a_task_does_not_unpickle_the_lists() -> None:
-    refs = [ImageRef(f"i{n}", f"/shop/images/i{n}.jpg", FOLDER, FOLDER, 1, "/shop") for n in range(3000)]
+    refs = [ImageRef(f"i{n}", f"/shop/images/i{n}.jpg", FOLDER, FOLDER, 1, "/shop") for n in range(2 * BATCH + 1)]
     index = {ref.item_id: 1 + n for n, ref in enumerate(refs)}
     decoder = ImageDecoder("/shop", Folder(pafs.LocalFileSystem(), "/out"), ImageConfig(), refs, index)
     sent = pickle.loads(pickle.dumps(decoder))

@@ -11,11 +11,13 @@ import sysconfig
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from redisserver import RedisServer
 from terminal import REPOSITORY, TINY_PREPARE, TINY_TRAIN, Ran, Terminal
 
 RAY = Path(sysconfig.get_path("scripts")) / "ray"
@@ -98,17 +100,24 @@ def prepared(head: Head, raw: Path, dataset: Path) -> None:
     assert not re.search(r"Started a local Ray instance", ran.out), "it must join the cluster it was submitted to"
 
 
-def served_and_stopped(head: Head, bundles: Path) -> None:
+@contextmanager
+def serving(head: Head, bundles: Path, *arguments: object) -> Iterator[str]:
+    """A service as a job, by its address; stopped as a job at the end."""
     (port,) = free_ports(1)
     served = f"serve-{uuid.uuid4().hex[:8]}"
-    ran = head.submit("serve", bundles, "--port", port, "--set", "replica_cpus=0.5", wait=False, name=served)
+    words = (bundles, "--port", port, "--set", "replica_cpus=0.5", *arguments)
+    ran = head.submit("serve", *words, wait=False, name=served)
     assert ran.code == 0, ran.out
     url = f"http://127.0.0.1:{port}"
     wait_for(url, head, served)
-    answer = httpx.post(f"{url}/v1/recommend", json={"user_id": "u", "k": 3}, timeout=20).json()
-    assert len(answer["items"]) == 3
-
+    yield url
     assert head.job("stop", served).code == 0
+
+
+def served_and_stopped(head: Head, bundles: Path) -> None:
+    with serving(head, bundles) as url:
+        answer = httpx.post(f"{url}/v1/recommend", json={"user_id": "u", "k": 3}, timeout=20).json()
+        assert len(answer["items"]) == 3
     deadline = time.monotonic() + 60
     while head.terminal.has("haproxy") or head.terminal.has("ray::ServeReplica"):
         assert time.monotonic() < deadline, "the service outlives its job"
@@ -141,6 +150,41 @@ def test_from_raw_folder_to_live_endpoint(head: Head, tiny_shop: Path, tmp_path:
     assert last_json(ran)["items"] == 24
 
     served_and_stopped(head, bundles)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_night_of_a_service_with_its_state_in_redis(
+    head: Head, tiny_dataset: Path, tiny_bundles: Path, tmp_path: Path
+) -> None:
+    """What was served is exported, learned from, judged and swapped in, by jobs of one cluster."""
+    dataset, bundles = tmp_path / "dataset", tmp_path / "bundles"
+    shutil.copytree(tiny_dataset, dataset)
+    shutil.copytree(tiny_bundles, bundles, ignore=shutil.ignore_patterns(".runs"))
+    first = (bundles / "CURRENT").read_text().strip()
+    server = RedisServer(tmp_path).start()
+    retrain = ("retrain", bundles, dataset, "--state", server.url, "--least", 10, "--json")
+    try:
+        with serving(head, bundles, "--state", server.url) as url:
+            assert last_json(head.submit(*retrain))["verdict"] == "no news"
+
+            did = [{"user_id": f"u{n}", "item_id": f"{n % 24 + 1:06d}", "action": "view"} for n in range(30)]
+            assert httpx.post(f"{url}/v1/events", json={"events": did}, timeout=20).json()["accepted"] == 30
+            ran = head.submit(*retrain, "--margin", 1)
+            assert ran.code == 0, ran.out
+            verdict = last_json(ran)
+            assert (verdict["verdict"], verdict["exported"]["events"]) == ("published", 30)
+            assert verdict["version"] != first
+            assert (bundles / "CURRENT").read_text().strip() == verdict["version"]
+            deadline = time.monotonic() + 60
+            while (live := httpx.get(f"{url}/v1/status", timeout=20).json()["model"]) != verdict["version"]:
+                assert time.monotonic() < deadline, f"{live} is still live"
+                time.sleep(0.5)
+            answer = httpx.post(f"{url}/v1/recommend", json={"user_id": "u3", "k": 3}, timeout=20).json()
+            assert (answer["model"], answer["served_by"]) == (verdict["version"], "model")
+    finally:
+        server.kill()
 
 
 def wait_for(url: str, head: Head, job: str) -> None:

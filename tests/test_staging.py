@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 
 from rayrec.data.staging import Folder, Staging
@@ -43,3 +46,14 @@ def test_an_interrupted_work_leaves_the_older_dataset(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
     assert (tmp_path / "dataset" / "first.json").is_file()
     assert not (tmp_path / "dataset" / "second.json").exists()
+
+
+def test_a_file_in_parts_has_a_row_group_for_each_and_is_not_there_without_any(tmp_path: Path) -> None:
+    folder, schema = Folder(pafs.LocalFileSystem(), str(tmp_path)), pa.schema([("n", pa.int64())])
+    parts = [pa.table({"n": [1, 2]}, schema), pa.table({"n": [3]}, schema)]
+    folder.parquet_parts("some.parquet", schema, iter(parts), compression="zstd")
+    written = pq.ParquetFile(tmp_path / "some.parquet")
+    assert written.num_row_groups == 2
+    assert written.read() == pa.concat_tables(parts)
+    folder.parquet_parts("none.parquet", schema, [])
+    assert not (tmp_path / "none.parquet").exists()

@@ -114,13 +114,14 @@ def bench_ids(
     items: Annotated[int, typer.Option(min=10, help="Of the catalogue that is made for it.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=1, help="That are timed of each in a round.")] = 10,
     rounds: Rounds = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train together; two may share the table.")] = 1,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """A step with a large table of ids: AdamW over all of it against row-wise Adagrad over the rows that were read."""
     from rayrec.bench.id_table import run
 
-    _show(run(items, steps, rounds, set_ or []), as_json)
+    _show(run(items, steps, rounds, set_ or [], workers), as_json)
 
 
 @bench_app.command("sizing")

@@ -1,19 +1,24 @@
 """`rayrec bench ids`: a step of the first stage with a large table of ids, under each optimiser of that table.
 
-In: how many items, steps, rounds, settings. Out: seconds of a step, by the clock and of CPU, and bytes of the table,
-its gradient and its optimiser's state. Negatives are sampled, as they are from 50,000 items on. Models and batches are
-the same.
+In: how many items, steps, rounds, workers, settings. Out: seconds of a step, by the clock and of CPU, and bytes of the
+table, its gradient and its optimiser's state, all of one worker. Workers are processes as `torchrun` starts them, and
+may share the table. Negatives are sampled, as they are from 50,000 items on. Models and batches are the same.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
 import torch
+import torch.distributed
 
 from rayrec.bench.dataset_made import make_items
 from rayrec.bench.made_shop import draw_items
@@ -25,33 +30,66 @@ from rayrec.model.recommender import SAMPLED_NEGATIVES, NextItems, Recommender, 
 from rayrec.progress import step
 from rayrec.schema import ACTION_CODE
 from rayrec.settings import with_settings
+from rayrec.training.group import Group, cores
 from rayrec.training.loop import Learner
+from rayrec.training.parts import Parts
 
 OPTIMIZERS: tuple[str, ...] = get_args(TrainConfig.model_fields["id_optimizer"].annotation)
+SHARED = "by rows, shared"
 CPU = torch.device("cpu")
 
 
-def run(items: int, steps: int, rounds: int, settings: Sequence[str] = ()) -> dict[str, Any]:
+def run(items: int, steps: int, rounds: int, settings: Sequence[str] = (), workers: int = 1) -> dict[str, Any]:
     """Time `steps` steps under each optimiser, `rounds` times in turn; prints and answers medians.
 
-    settings: `path=value` of every model.
+    settings: `path=value` of every model. Raises RuntimeError if a worker fails.
     """
-    base = with_settings(preset("small"), ["model.use_image=false", f"train.negatives={SAMPLED_NEGATIVES}", *settings])
-    rng = np.random.default_rng(0)
-    catalogue = Catalogue.from_table(make_items(1 + np.bincount(draw_items(items, items, rng), minlength=items)))
-    batches = [_batch(items, base, rng) for _ in range(steps)]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in OPTIMIZERS}
-    for round_ in range(rounds):
-        for name, runs in found.items():
-            runs.append(_steps(with_settings(base, [f"train.id_optimizer={name}"]), catalogue, batches))
-            step(f"round {round_ + 1}: {describe(name, runs[-1])}")
+    if workers == 1:
+        found = timed(items, steps, rounds, settings, Group(0, 1, CPU))
+    else:
+        found = _by_torchrun(items, steps, rounds, settings, workers)
     median = {name: {k: statistics.median(one[k] for one in runs) for k in runs[0]} for name, runs in found.items()}
     for name, one in median.items():
         step(f"median:  {describe(name, one)}")
+    threads = torch.get_num_threads() if workers == 1 else max(1, cores() // workers)
     return {
-        "bench": "ids", "items": items, "width": base.model.width, "threads": torch.get_num_threads(),
+        "bench": "ids", "items": items, "workers": workers, "threads": threads,
         "rounds": found, "median": median,
     }  # fmt: skip
+
+
+def timed(
+    items: int, steps: int, rounds: int, settings: Sequence[str], peers: Group
+) -> dict[str, list[dict[str, float]]]:
+    """This worker's runs of each way. Every worker calls it with the same numbers and settings."""
+    base = with_settings(preset("small"), ["model.use_image=false", f"train.negatives={SAMPLED_NEGATIVES}", *settings])
+    rng = np.random.default_rng(0)
+    catalogue = Catalogue.from_table(make_items(1 + np.bincount(draw_items(items, items, rng), minlength=items)))
+    own = np.random.default_rng([1, peers.rank])
+    batches = [_batch(items, base, own) for _ in range(steps)]
+    ways = {name: [f"train.id_optimizer={name}"] for name in OPTIMIZERS}
+    if peers.world > 1:
+        ways[SHARED] = ["train.id_optimizer=rowwise_adagrad", "train.id_held=share"]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for round_ in range(rounds):
+        for name, way in ways.items():
+            found[name].append(_steps(with_settings(base, way), catalogue, batches, peers))
+            if peers.rank == 0:
+                step(f"round {round_ + 1}: {describe(name, found[name][-1])}")
+    return found
+
+
+def _by_torchrun(
+    items: int, steps: int, rounds: int, settings: Sequence[str], workers: int
+) -> dict[str, list[dict[str, float]]]:
+    """The first worker's runs."""
+    nodes = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    words = [*nodes, "-m", "rayrec.bench.id_table", *map(str, (items, steps, rounds)), *settings]
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"workers failed ({done.returncode}): {' '.join(words)}")
+    found: dict[str, list[dict[str, float]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def describe(name: str, one: dict[str, float]) -> str:
@@ -72,15 +110,17 @@ def _batch(items: int, config: Config, rng: np.random.Generator) -> NextItems:
     return NextItems(HistoryTensors.of(history, CPU), torch.from_numpy(event_BL[:, 1:].copy()))
 
 
-def _steps(config: Config, catalogue: Catalogue, batches: Sequence[NextItems]) -> dict[str, float]:
+def _steps(config: Config, catalogue: Catalogue, batches: Sequence[NextItems], peers: Group) -> dict[str, float]:
     torch.manual_seed(0)
     model = build(config, catalogue)
     assert isinstance(model, Recommender)
+    shared = config.train.id_held == "share"
+    parts = Parts(peers, model.share_ids(peers.rank, peers.world, peers.send) if shared else None)
     assert model.item_encoder.id is not None
-    table = model.item_encoder.id.weight
+    table, tables = model.item_encoder.id.weight, model.sparse_parameters()
     learner = Learner(
-        model, list(model.stage_parameters("retrieval")), config.train, len(batches), CPU,
-        tables=model.sparse_parameters(),
+        peers.wrap(model, tables), list(model.stage_parameters("retrieval")), config.train, len(batches), CPU,
+        tables=tables, average=parts.average, norm_of_all=parts.norm_of_all,
     )  # fmt: skip
     model.train()
     learner.train_step(batches[0])  # makes AdamW's state
@@ -91,11 +131,28 @@ def _steps(config: Config, catalogue: Catalogue, batches: Sequence[NextItems]) -
     state = (learner.rowwise or learner.optimizer).state[table]
     assert table.grad is not None
     grad = table.grad.coalesce() if table.grad.is_sparse else table.grad
-    parts = (grad.indices(), grad.values()) if grad.is_sparse else (grad,)
+    held = (grad.indices(), grad.values()) if grad.is_sparse else (grad,)
     return {
         "step_s": seconds / len(batches),
         "step_cpu_s": cpu_s / len(batches),
         "table_bytes": table.nbytes,
-        "gradient_bytes": sum(part.nbytes for part in parts),
+        "gradient_bytes": sum(part.nbytes for part in held),
         "state_bytes": sum(value.nbytes for value in state.values() if value.dim()),
     }
+
+
+def _worker(words: Sequence[str]) -> None:
+    items, steps, rounds = map(int, words[:3])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(max(1, cores() // world))
+    torch.distributed.init_process_group("gloo")
+    try:
+        found = timed(items, steps, rounds, words[3:], Group(rank, world, CPU))
+    finally:
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _worker(sys.argv[1:])

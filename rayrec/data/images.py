@@ -98,7 +98,7 @@ def _rgb_or_rgba(image: Image.Image) -> Image.Image:
         image = _eight_bit_grey(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         return image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:

@@ -10,7 +10,10 @@ import hashlib
 import json
 import time
 import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +47,18 @@ class Folder:
         """Write a table as Parquet."""
         with self.fs.open_output_stream(self.path(name)) as stream:
             pq.write_table(table, stream, **options)
+
+    def parquet_parts(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table], **options: Any) -> None:
+        """Write tables as row groups of one Parquet file, each as it comes; no file if there are none."""
+        first = next(tables := iter(tables), None)
+        if first is None:
+            return
+        with (
+            self.fs.open_output_stream(self.path(name)) as stream,
+            pq.ParquetWriter(stream, schema, **options) as writer,
+        ):
+            for table in chain([first], tables):
+                writer.write_table(table)
 
     def json(self, name: str, value: Any) -> None:
         """Write a value as JSON."""
@@ -109,11 +124,10 @@ class Staging:
     def commit(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Hash every file, write the manifest last, and put the folder in the target's place."""
         self.folder.remove(WORK)
-        manifest = {
-            "format": FORMAT,
-            **facts,
-            "files": {name: self.folder.sha256(name) for name in self.folder.files()},
-        }
+        names = self.folder.files()
+        with ThreadPoolExecutor() as pool:  # neither reading nor hashing holds Python's lock
+            hashes = dict(zip(names, pool.map(self.folder.sha256, names), strict=True))
+        manifest = {"format": FORMAT, **facts, "files": hashes}
         self.folder.json("manifest.json", manifest)
         if self.local:
             self._rename()
