@@ -153,6 +153,9 @@ class ModelConfig(Settings):
     use_attributes: bool = True
     use_moment: bool = Field(True, description="how long after the last event, and at which hour, a visitor asks")
     moment_dropout: float = Field(0.1, ge=0, lt=1, description="share of visitors who do not tell in a training step")
+    cold_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of candidates that are ranked as if cold in a training step of the fusion"
+    )
     fusion_width: int = Field(64, ge=4, description="hidden width of the fusion MLP")
     candidates: int = Field(120, ge=10, description="items of each source that the fusion re-orders")
 
@@ -268,7 +271,10 @@ class Config(Settings):
         return self
 
 
-BEFORE_IT_WAS_A_SETTING: dict[str, dict[str, Any]] = {"model": {"use_moment": False}, "train": {"cnn_lr": 1.0}}
+BEFORE_IT_WAS_A_SETTING: dict[str, dict[str, Any]] = {
+    "model": {"use_moment": False, "cold_dropout": 0.0},
+    "train": {"cnn_lr": 1.0},
+}
 """What settings meant that were saved before there was one, where its default is another."""
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rayrec.followers import Followers
 from rayrec.history import HistoryBatch, encode_history
-from rayrec.model.candidates import FOLLOW_FEATURES, Memory, Remembered, retrieve, top, union
+from rayrec.model.candidates import FOLLOW_FEATURES, NOTHING_FOLLOWED, Memory, Remembered, retrieve, top, union
 
 
 def histories(*visits: list[int]) -> HistoryBatch:
@@ -67,7 +67,7 @@ def test_the_features_of_candidates_by_hand() -> None:
         [0, np.log1p(1.0), 0, np.log1p(1.0), np.log1p(2.5), never, np.log(0.25 + 1e-4) / 4 + 1],
         rtol=1e-5,
     )
-    np.testing.assert_allclose(feature_CF[2], [0, 0, 0, 0, 0, never, never], rtol=1e-5)
+    np.testing.assert_allclose(feature_CF[2], NOTHING_FOLLOWED, rtol=1e-5)
 
 
 def test_the_longer_memory_fades_slowly() -> None:

@@ -11,9 +11,9 @@ import torch
 
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
-from rayrec.model.candidates import FOLLOW_FEATURES
+from rayrec.model.candidates import FOLLOW_FEATURES, NOTHING_FOLLOWED
 from rayrec.model.encoders import ItemTable
-from rayrec.model.fusion import DECAYS, N_FEATURES, TOUCHES, Fusion
+from rayrec.model.fusion import DECAYS, N_FEATURES, TOUCHES, Candidates, Fusion
 from rayrec.model.history_tensors import HistoryTensors
 from rayrec.schema import ACTION_CODE, HEADS
 
@@ -59,9 +59,17 @@ def features(
     fusion = Fusion(tinyshop.tiny().model)
     user_BD = torch.full((len(candidate_BC), WIDTH), 0.5)
     follow_BCF = torch.arange(float(FOLLOW_FEATURES)).expand(*candidate_BC.shape, -1)
-    vectors = vector_ND[candidate_BC], vector_ND[history.item_BL]
+    candidates = Candidates.of(items, candidate_BC, vector_ND, follow_BCF)
     with torch.no_grad():
-        return fusion.features(items, history, user_BD, candidate_BC, *vectors, follow_BCF)
+        return fusion.features(items, history, user_BD, candidates, vector_ND[history.item_BL])
+
+
+def logits(
+    fusion: Fusion, items: ItemTable, vector_ND: torch.Tensor, history: HistoryTensors, candidate_BC: torch.Tensor,
+    user_BD: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    candidates = Candidates.of(items, candidate_BC, vector_ND, torch.rand(*candidate_BC.shape, FOLLOW_FEATURES))
+    return fusion(items, history, user_BD, candidates, vector_ND[history.item_BL])
 
 
 def test_the_features_by_hand(items: ItemTable, vector_ND: torch.Tensor) -> None:
@@ -99,6 +107,28 @@ def test_the_features_by_hand(items: ItemTable, vector_ND: torch.Tensor) -> None
     assert [float(cold[COLUMN[name]]) for name in ("cold", "seen", "recency", "times", "view")] == [1, 0, 0, 0, 0]
 
 
+def test_as_if_cold_a_candidate_is_known_by_its_attributes_and_vector_alone(
+    items: ItemTable, vector_ND: torch.Tensor
+) -> None:
+    """What is true of a cold item is said of it, in the very numbers; all else stays."""
+    torch.manual_seed(0)
+    fusion, history = Fusion(tinyshop.tiny().model), past([(1, "view"), (2, "cart")])
+    candidates = Candidates.of(items, torch.tensor([[3, 10]]), vector_ND, torch.rand(1, 2, FOLLOW_FEATURES))
+    assert candidates.is_cold_BC.tolist() == [[False, True]]
+    as_cold = candidates.as_cold(torch.tensor([[True, True]]), torch.ones(2, WIDTH), items)
+    assert as_cold.is_cold_BC.all()
+    assert (as_cold.popularity_BC == items.log_popularity_N[10]).all()
+    assert (as_cold.follow_BCF == torch.tensor(NOTHING_FOLLOWED)).all()
+    with torch.no_grad():
+        row, cold = (
+            fusion.features(items, history, torch.ones(1, WIDTH), one, vector_ND[history.item_BL])[0, 0]
+            for one in (candidates, as_cold)
+        )
+    assert float(cold[COLUMN["dot"]]) == WIDTH
+    others = [place for name, place in COLUMN.items() if name.split("_")[0] in ("price", "category", "brand", "title")]
+    assert torch.equal(row[others], cold[others])
+
+
 def test_the_attention_is_over_real_events_only(items: ItemTable, vector_ND: torch.Tensor) -> None:
     candidate_BC = torch.tensor([[1, 5, 12]])
     alone = features(items, vector_ND, past([(3, "view"), (4, "view")]), candidate_BC)
@@ -120,7 +150,7 @@ def test_it_starts_from_the_order_of_retrieval(items: ItemTable, vector_ND: torc
     fusion = Fusion(tinyshop.tiny().model).eval()
     history, candidate_BC = past([(1, "view"), (2, "view")]), torch.tensor([[3, 14, 25, 36]])
     user_BD = torch.randn(1, WIDTH)
-    logit_BCH = fusion(items, history, user_BD, candidate_BC, vector_ND, torch.rand(1, 4, FOLLOW_FEATURES))
+    logit_BCH = logits(fusion, items, vector_ND, history, candidate_BC, user_BD)
     assert logit_BCH.shape == (1, 4, len(HEADS))
     for head in range(len(HEADS)):
         torch.testing.assert_close(logit_BCH[0, :, head], vector_ND[candidate_BC[0]] @ user_BD[0])
@@ -133,9 +163,7 @@ def test_a_head_that_never_learned_answers_as_next(items: ItemTable, vector_ND: 
         for layer in (fusion.out, fusion.linear):
             layer.weight[[0, HEADS.index("cart")]] += torch.randn(2, layer.in_features)
     history, candidate_BC = past([(1, "view"), (2, "view")]), torch.tensor([[3, 14, 25, 36]])
-    logit_BCH = fusion(
-        items, history, torch.randn(1, WIDTH), candidate_BC, vector_ND, torch.rand(1, 4, FOLLOW_FEATURES)
-    )
+    logit_BCH = logits(fusion, items, vector_ND, history, candidate_BC, torch.randn(1, WIDTH))
     for head, name in enumerate(HEADS):
         assert torch.equal(logit_BCH[..., head], logit_BCH[..., 0]) == (name != "cart"), name
 
@@ -148,9 +176,7 @@ def test_taste_changes_the_order_of_items(items: ItemTable, vector_ND: torch.Ten
             parameter.normal_()
     candidate_BC = torch.arange(1, 31)[None].expand(2, -1)
     history = past([(1, "view"), (2, "cart")], [(35, "purchase")])
-    logit_BCH = fusion(
-        items, history, torch.randn(2, WIDTH), candidate_BC, vector_ND, torch.ones(2, 30, FOLLOW_FEATURES)
-    )
+    logit_BCH = logits(fusion, items, vector_ND, history, candidate_BC, torch.randn(2, WIDTH))
     assert logit_BCH[0, :, 0].argsort().tolist() != logit_BCH[1, :, 0].argsort().tolist()
 
 
@@ -167,9 +193,7 @@ def test_what_an_action_teaches_does_not_pull_at_next(items: ItemTable, vector_N
     with torch.no_grad():
         fusion.out.weight.normal_()
     history, candidate_BC = past([(1, "view"), (2, "cart")]), torch.arange(1, 21)[None]
-    logit_BCH = fusion(
-        items, history, torch.randn(1, WIDTH), candidate_BC, vector_ND, torch.rand(1, 20, FOLLOW_FEATURES)
-    )
+    logit_BCH = logits(fusion, items, vector_ND, history, candidate_BC, torch.randn(1, WIDTH))
     logit_BCH[0, 3, 1:].sum().backward()
     moved = {name: p.grad for name, p in fusion.named_parameters() if p.grad is not None and p.grad.any()}
     assert set(moved) == {"linear.weight", "linear.bias", "out.weight", "out.bias"}

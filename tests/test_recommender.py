@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from rayrec.catalogue import Catalogue
 from rayrec.history import encode_history
 from rayrec.model.candidates import FOLLOW_FEATURES
+from rayrec.model.fusion import Candidates, Fusion
 from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.recommender import Lists, NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE
@@ -185,3 +187,34 @@ def test_half_precision_trains_pictures(catalogue: Catalogue) -> None:
     assert model.item_encoder.cnn.project.weight.grad.any()
     assert model.item_encoder.image_ND.dtype == torch.float32
     assert model.item_encoder.image_ND[seen_M].any(1).all()
+
+
+def test_in_training_some_candidates_are_as_if_cold_but_none_that_the_visitor_met(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(catalogue, "model.cold_dropout=0.4")
+    batch = lists(model)
+    batch = dataclasses.replace(
+        batch, candidate_BC=torch.arange(1, 33).expand(2, -1), follow_BCF=torch.rand(2, 32, FOLLOW_FEATURES)
+    )
+    ranked: list[Candidates] = []
+    forward = Fusion.forward
+
+    def watched(*given: Any) -> torch.Tensor:
+        ranked.append(given[4])
+        return forward(*given)
+
+    monkeypatch.setattr(Fusion, "forward", watched)
+    model.train()(batch)
+    model.eval()(batch)
+    in_training, judged = ranked
+    really_cold_BC = ~model.items.warm_N[batch.candidate_BC]
+    assert torch.equal(judged.is_cold_BC, really_cold_BC)
+    pretended_BC = in_training.is_cold_BC & ~really_cold_BC
+    assert 0.2 < pretended_BC.float().mean() < 0.6
+    assert not pretended_BC[0, :2].any()
+    assert not pretended_BC[1, 2]
+    item = int(in_training.item_BC[0][pretended_BC[0]][0])
+    with_id, without = (model.item_encoder(model.items, torch.tensor([item]), with_ids=w)[0] for w in (True, False))
+    torch.testing.assert_close(in_training.vector_BCD[0, item - 1], without)
+    torch.testing.assert_close(judged.vector_BCD[0, item - 1], with_id)

@@ -31,6 +31,7 @@ from rayrec.training.local import train_alone
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 SETTINGS = (*tinyshop.TINY, "train.epochs=8", "train.patience=8", "train.tracker=[]")
+SHARED = ("train.id_optimizer=rowwise_adagrad", "train.id_lr=3", "train.id_held=share")
 EVERY_STEP = ("--set", "train.checkpoint_steps=1")
 
 Train = Callable[..., tuple[object, ...]]
@@ -289,11 +290,15 @@ finally:
 """
 
 
+@pytest.mark.parametrize("ids", [(), SHARED], ids=["held", "shared"])
 def test_with_fewer_workers_and_then_more_again_a_step_is_of_as_many_batches_and_the_model_as_good(
-    own: Terminal, dataset: Dataset, tmp_path: Path
+    own: Terminal, dataset: Dataset, ids: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Three workers of a batch of four each, two after a node is gone, three when another one comes."""
-    settings = [*SETTINGS, "train.epochs=30", "train.patience=30", "train.batch_size=4", "train.workers=3"]
+    """Three workers of a batch of four each, two after a node is gone, three when another one comes.
+
+    Where they share the table of ids, each of the two has a half of what the three had thirds of.
+    """
+    settings = [*SETTINGS, *ids, "train.epochs=30", "train.patience=30", "train.batch_size=4", "train.workers=3"]
     more = ["train.min_workers=1", "train.checkpoint_steps=1", "train.fusion_epochs=0", "train.refit_epochs=0"]
     chosen = (word for one in (*settings, *more) for word in ("--set", one))
     words = (dataset.path, tmp_path / "bundles", *chosen, free_port())

@@ -6,6 +6,7 @@ In: histories, scores by model, what follows what. Out: candidate matrices. It m
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +23,11 @@ Ints = npt.NDArray[np.int64]
 RECENT, LONGER = (5, 0.5), (20, 0.9)
 """How many of the newest items are asked about, and what a step back weighs."""
 
-FOLLOW_FEATURES = 7
-"""Counts and shares of what came right after the last items and near them, what came before, a longer memory, and what
-is near to what is near."""
+LEAST_SHARE = 1e-4
+NOTHING_FOLLOWED = (0.0,) * 5 + (math.log(LEAST_SHARE) / 4 + 1,) * 2
+"""The features of a candidate that never followed anything: counts of what came right after the last items and near
+them, what came before, a longer memory, what is near to what is near; two shares."""
+FOLLOW_FEATURES = len(NOTHING_FOLLOWED)
 
 WALKED = 50
 """Of what is near an item, how many of the strongest a second step goes through."""
@@ -61,7 +64,7 @@ class Memory:
         reached = [recent.through(counts) for counts in (self.next, self.near, self.next_share, self.near_share)]
         reached += [recent.through(self.before), longer_past.through(self.near), walked]
         next_BC, near_BC, next_share_BC, near_share_BC, *others = weights_at(reached, candidate_BC, self.next.shape[0])
-        shares = [np.log(share_BC + 1e-4) / 4 + 1 for share_BC in (next_share_BC, near_share_BC)]
+        shares = [np.log(share_BC + LEAST_SHARE) / 4 + 1 for share_BC in (next_share_BC, near_share_BC)]
         counts = [np.log1p(count_BC) for count_BC in (next_BC, near_BC, *others)]
         return np.stack([*counts, *shares], -1).astype(np.float32)
 

@@ -374,14 +374,17 @@ class ItemEncoder(nn.Module):
         for part_M in item_M.split(batch):
             self.cache(part_M, self.images(items, part_M))
 
-    def forward(self, items: ItemTable, row_R: Tensor | None = None, fresh: Fresh | None = None) -> Tensor:
+    def forward(
+        self, items: ItemTable, row_R: Tensor | None = None, fresh: Fresh | None = None, *, with_ids: bool = True
+    ) -> Tensor:
         """Vectors of the items in `row_R` ([R] int64; all N + 1 if None). -> [R, D] float32; padding gives zeros.
 
-        Picture vectors are the table's; those of `fresh`, which it has as well, pass a gradient on.
+        Picture vectors are the table's; those of `fresh`, which it has as well, pass a gradient on. with_ids: False
+        gives what the vectors would be if nobody had met the items.
         """
         rows = torch.arange(len(items.brand_N), device=items.brand_N.device) if row_R is None else row_R
         vector_RD = torch.zeros(len(rows), self.config.width, device=rows.device)
-        if self.id is not None:
+        if self.id is not None and with_ids:
             vector_RD = vector_RD + self._hidden(self.id(rows * items.warm_N[rows]), self.config.id_dropout)
         if self.cnn is not None:
             image_RD = self.image_ND[rows]

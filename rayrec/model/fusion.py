@@ -5,12 +5,14 @@ In: history, user vector, candidates and what is known of them. Out: logits per 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayrec.config import ModelConfig
-from rayrec.model.candidates import FOLLOW_FEATURES
+from rayrec.model.candidates import FOLLOW_FEATURES, NOTHING_FOLLOWED
 from rayrec.model.encoders import ItemTable, looked_up
 from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.moment import Moment, asked
@@ -20,6 +22,43 @@ TOUCHES = ("view", "click", "cart", "favorite", "purchase")
 DECAYS = (0.9, 0.5)
 """How fast the past fades, an event back, in what a visitor is thought to like: taste, and the mood of the moment."""
 N_FEATURES = 10 + FOLLOW_FEATURES + 4 * len(DECAYS) + len(TOUCHES)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Items to be ranked for each of B visitors, and what is known of them because others met them.
+
+    item_BC        [B, C] int64    0 is padding
+    vector_BCD     [B, C, D]
+    follow_BCF     [B, C, FOLLOW_FEATURES]  how they followed the visitor's items in the past
+    popularity_BC  [B, C] float32
+    is_cold_BC      [B, C] bool     nobody has met them
+    """
+
+    item_BC: Tensor
+    vector_BCD: Tensor
+    follow_BCF: Tensor
+    popularity_BC: Tensor
+    is_cold_BC: Tensor
+
+    @classmethod
+    def of(cls, items: ItemTable, item_BC: Tensor, vector_ND: Tensor, follow_BCF: Tensor) -> Candidates:
+        """As they are."""
+        vector_BCD = looked_up(vector_ND, item_BC)
+        return cls(item_BC, vector_BCD, follow_BCF, items.log_popularity_N[item_BC], ~items.warm_N[item_BC])
+
+    def as_cold(self, is_cold_BC: Tensor, vector_XD: Tensor, items: ItemTable) -> Candidates:
+        """The same, where some are as if nobody had met them. vector_XD: of those X, in the order of `is_cold_BC`."""
+        nothing_F = torch.tensor(NOTHING_FOLLOWED, device=is_cold_BC.device)
+        vector_BCD = self.vector_BCD.clone()
+        vector_BCD[is_cold_BC] = vector_XD
+        return replace(
+            self,
+            vector_BCD=vector_BCD,
+            follow_BCF=torch.where(is_cold_BC[..., None], nothing_F, self.follow_BCF),
+            popularity_BC=torch.where(is_cold_BC, items.log_popularity_N[0], self.popularity_BC),  # that of no events
+            is_cold_BC=self.is_cold_BC | is_cold_BC,
+        )
 
 
 class Fusion(nn.Module):
@@ -57,16 +96,14 @@ class Fusion(nn.Module):
         items: ItemTable,
         history: HistoryTensors,
         user_BD: Tensor,
-        candidate_BC: Tensor,
-        vector_ND: Tensor,
-        follow_BCF: Tensor,
+        candidates: Candidates,
+        past_BLD: Tensor,
     ) -> Tensor:
         """Logits [B, C, heads]; padding candidates get a value that the caller must mask.
 
-        follow_BCF: [B, C, FOLLOW_FEATURES], how the candidate followed the visitor's items in the past.
+        past_BLD: vectors of the history's items.
         """
-        vector_BCD, past_BLD = looked_up(vector_ND, candidate_BC), looked_up(vector_ND, history.item_BL)
-        feature_BCF = self.features(items, history, user_BD, candidate_BC, vector_BCD, past_BLD, follow_BCF)
+        feature_BCF = self.features(items, history, user_BD, candidates, past_BLD)
         crossed, rectified, dropped = self.hidden
         hidden_BCW = crossed(feature_BCF)
         if self.moment is not None:  # as one more feature would, one for each moment
@@ -86,32 +123,32 @@ class Fusion(nn.Module):
         items: ItemTable,
         history: HistoryTensors,
         user_BD: Tensor,
-        candidate_BC: Tensor,
-        vector_BCD: Tensor,
+        candidates: Candidates,
         past_BLD: Tensor,
-        follow_BCF: Tensor,
     ) -> Tensor:
         """[B, C, F] float32: how the candidate fits the visitor, each number at about unit scale.
 
         Few large operations: a served list is a few hundred candidates of one visitor, where each costs its call.
         """
-        real_BL = history.item_BL > 0
+        candidate_BC, real_BL = candidates.item_BC, history.item_BL > 0
         steps_back_BL = (history.length_B[:, None] - 1 - torch.arange(real_BL.shape[1], device=real_BL.device)).clamp(0)
         met_BTC = _met(history, candidate_BC, steps_back_BL)
         times_BC, touched_BTC = met_BTC[:, 0], met_BTC[:, 2:]
-        dot_BC, like_last_BC, attended_BC = self._products(user_BD, vector_BCD, past_BLD, real_BL, history.length_B)
+        dot_BC, like_last_BC, attended_BC = self._products(
+            user_BD, candidates.vector_BCD, past_BLD, real_BL, history.length_B
+        )
         price_BC = items.price_scaled_N[candidate_BC]
         columns = [
             dot_BC,
-            follow_BCF.transpose(1, 2),
-            items.log_popularity_N[candidate_BC],
+            candidates.follow_BCF.transpose(1, 2),
+            candidates.popularity_BC,
             times_BC > 0,
             met_BTC[:, 1],
             torch.log1p(times_BC),
             price_BC,
             like_last_BC,
             attended_BC,
-            ~items.warm_N[candidate_BC],
+            candidates.is_cold_BC,
             torch.log1p(history.length_B.float())[:, None].expand_as(dot_BC) / 4,
             touched_BTC > 0,
         ]

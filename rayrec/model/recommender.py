@@ -19,7 +19,7 @@ from rayrec.config import SCRATCH, Config, ModelConfig
 from rayrec.model.backbone import below, encode, pretrained, reading_size
 from rayrec.model.behaviour import Behaviour, last_BD
 from rayrec.model.encoders import Fresh, ItemEncoder, ItemTable, PretrainedCNN, looked_up, shrink
-from rayrec.model.fusion import Fusion, teaches
+from rayrec.model.fusion import Candidates, Fusion, teaches
 from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, nothing, sampled_softmax
 from rayrec.model.negatives import NegativeSampler
@@ -186,11 +186,27 @@ class Recommender(nn.Module):
             history = history.forgetting(config.moment_dropout)
         with torch.no_grad():
             user_BD = self.encode_users(history, self.vector_ND)
-        logit_BCH = self.fuse(history, user_BD, batch.candidate_BC, self.vector_ND, batch.follow_BCF)
+        candidates = Candidates.of(self.items, batch.candidate_BC, self.vector_ND, batch.follow_BCF)
+        if self.training and config.cold_dropout:
+            candidates = self._some_as_cold(candidates, history)
+        past_BLD = looked_up(self.vector_ND, history.item_BL)
+        logit_BCH = self.fusion(self.items, history, user_BD, candidates, past_BLD)
         logit_BCH = logit_BCH.masked_fill((batch.candidate_BC == 0)[..., None], -1e4)
         weight_BH = teaches(batch.action_B).float()
         losses = [listwise(logit_BCH[..., h], batch.target_B, weight_BH[:, h]) for h in range(len(HEADS))]
         return torch.stack(losses)
+
+    @torch.no_grad()
+    def _some_as_cold(self, candidates: Candidates, history: HistoryTensors) -> Candidates:
+        """A random share of the candidates as if nobody had met them; those that the visitor has stay as they are.
+
+        An item without events is never a target, and would teach that what is new is never chosen.
+        """
+        item_BC = candidates.item_BC
+        is_met_BC = (item_BC[..., None] == history.item_BL[:, None]).any(2)
+        is_cold_BC = (torch.rand(item_BC.shape, device=item_BC.device) < self.config.model.cold_dropout) & ~is_met_BC
+        row_R, place_X = item_BC[is_cold_BC].unique(return_inverse=True)
+        return candidates.as_cold(is_cold_BC, self.item_encoder(self.items, row_R, with_ids=False)[place_X], self.items)
 
     def train(self, mode: bool = True) -> Recommender:
         """As every module's; once the vectors are frozen the first stage stays in evaluation mode, without dropout."""
@@ -279,7 +295,8 @@ class Recommender(nn.Module):
         self, history: HistoryTensors, user_BD: Tensor, candidate_BC: Tensor, vector_ND: Tensor, follow_BCF: Tensor
     ) -> Tensor:
         """Logits of every head. [B, C, heads]."""
-        return self.fusion(self.items, history, user_BD, candidate_BC, vector_ND, follow_BCF)
+        candidates = Candidates.of(self.items, candidate_BC, vector_ND, follow_BCF)
+        return self.fusion(self.items, history, user_BD, candidates, looked_up(vector_ND, history.item_BL))
 
     def calibrated(self, logit_BCH: Tensor) -> Tensor:
         """Probabilities in (0, 1), in the order of the logits."""
