@@ -78,9 +78,8 @@ class SharedIds(nn.Module):
         if not len(rows):
             return None
         shape = self.weight.shape
-        return torch.sparse_coo_tensor(
-            (rows - self.first)[None], grads / self.world, shape, check_invariants=False
-        ).coalesce()
+        place_1S, mean_SD = (rows - self.first)[None], grads / self.world
+        return torch.sparse_coo_tensor(place_1S, mean_SD, shape, check_invariants=False).coalesce()
 
     def takes_no_part(self, times: int) -> None:
         """Answer the others, who read `times` times in a step for which this worker has no batch."""

@@ -41,11 +41,9 @@ class Group:
             return table.grad
         nothing = (torch.zeros(0, dtype=torch.int64, device=self.device), table.new_zeros(0, table.shape[1]))
         row_S, grad_SD = self.exchange(*(nothing if table.grad is None else rows_of(table.grad.coalesce())))
-        return (
-            torch.sparse_coo_tensor(row_S[None], grad_SD / self.world, table.shape, check_invariants=False)
-            if len(row_S)
-            else None
-        )
+        if not len(row_S):
+            return None
+        return torch.sparse_coo_tensor(row_S[None], grad_SD / self.world, table.shape, check_invariants=False)
 
     def exchange(self, row_R: Tensor, value_RD: Tensor) -> tuple[Tensor, Tensor]:
         """See `fit.Peers`."""
