@@ -54,6 +54,7 @@ class FakeScorer:
     max_len = 8
     clock = "time"
     actions = ACTIONS
+    reads_moment = True
 
     def __init__(self, items: Catalogue | None = None) -> None:
         self.catalogue = items if items is not None else catalogue()

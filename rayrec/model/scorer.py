@@ -54,6 +54,7 @@ class Scorer:
         self.heads = model.heads
         self.max_len = model.config.model.max_len
         self.actions = model.config.model.actions
+        self.reads_moment = isinstance(model, Recommender) and model.fusion.moment is not None
         self.fused = fused and isinstance(model, Recommender)
         self._memory = Memory(followers)
         self._warm_N = catalogue.n_train > 0

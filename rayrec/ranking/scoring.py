@@ -1,7 +1,8 @@
 """What ranking asks of a model, and what it keeps of the answers.
 
 In: histories and candidates. Out: visitors' vectors and scores. It must not know requests, rules or who the visitors
-are: a history is known by what is in it, so that whatever a visitor does is asked anew; a score, by the moment as well.
+are: a history is known by what is in it, so that whatever a visitor does is asked anew; a score, by the moment as well,
+where the model reads it.
 
 Axes: B requests, C candidates, D width.
 """
@@ -31,6 +32,7 @@ class Scorer(Protocol):
     max_len: int
     clock: str
     actions: tuple[str, ...]  # what it reads of a history
+    reads_moment: bool  # whether scores depend on when a visitor asks
 
     def user_vectors(self, history: HistoryBatch) -> Floats:
         """Vectors of B visitors. [B, D] float32."""
@@ -89,7 +91,8 @@ class Remembering:
         candidates_BC: ascending in each row, padding at the end.
         """
         weighed = repr(sorted(heads.items())).encode()
-        keys = [key + moment + weighed for key, moment in zip(history.digests(), history.moments(), strict=True)]
+        moments = history.moments() if self._scorer.reads_moment else [b""] * len(history)
+        keys = [key + moment + weighed for key, moment in zip(history.digests(), moments, strict=True)]
         score_BC = np.full(candidates_BC.shape, -np.inf, np.float32)
         is_known_BC = candidates_BC == 0
         for b, key in enumerate(keys):
