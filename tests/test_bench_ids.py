@@ -6,6 +6,7 @@ import pytest
 import tinyshop
 
 from rayrec.bench.id_table import SHARED, run
+from rayrec.errors import UsageError
 
 
 def test_row_wise_state_is_a_number_a_row_and_its_gradient_what_was_read() -> None:
@@ -29,5 +30,7 @@ def test_two_workers_that_share_the_table_hold_half_of_it_each() -> None:
 
 
 def test_workers_that_fail_are_told_of() -> None:
-    with pytest.raises(RuntimeError, match="workers failed"):
+    with pytest.raises(UsageError, match=r"train\.lr"):
         run(3000, 1, 1, ["train.lr=no"], workers=2)
+    with pytest.raises(RuntimeError, match="workers failed"):
+        run(3000, 1, 1, ["train.loss=gbce", "train.negatives=100000000000"], workers=2)

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rayrec.config import DEFAULT_SCENES, PRESETS, Config, PrepareConfig, ServeConfig, preset
+from rayrec.config import (
+    BEFORE_IT_WAS_A_SETTING,
+    DEFAULT_SCENES,
+    PRESETS,
+    Config,
+    PrepareConfig,
+    ServeConfig,
+    preset,
+    saved_config,
+)
 from rayrec.errors import UsageError
 from rayrec.settings import Settings, from_dict, with_file, with_settings
 
@@ -25,6 +34,16 @@ def test_every_preset_survives_being_saved(name: str) -> None:
 def test_defaults_survive_being_saved(kind: type[Settings]) -> None:
     assert from_dict(kind, json.loads(kind().model_dump_json())) == kind()
     assert from_dict(kind, {}) == kind()
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "meant"),
+    [(group, name, meant) for group, settings in BEFORE_IT_WAS_A_SETTING.items() for name, meant in settings.items()],
+)
+def test_what_was_saved_before_there_was_a_setting_means_what_it_did(group: str, name: str, meant: object) -> None:
+    tree = Config().model_dump(mode="json")
+    assert getattr(getattr(saved_config(tree), group), name) == tree[group].pop(name) != meant
+    assert getattr(getattr(saved_config(tree), group), name) == meant
 
 
 def test_paper_is_the_founding_model_to_the_letter() -> None:

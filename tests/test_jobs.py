@@ -109,9 +109,12 @@ def serving(head: Head, bundles: Path, *arguments: object) -> Iterator[str]:
     ran = head.submit("serve", *words, wait=False, name=served)
     assert ran.code == 0, ran.out
     url = f"http://127.0.0.1:{port}"
-    wait_for(url, head, served)
-    yield url
-    assert head.job("stop", served).code == 0
+    try:
+        wait_for(url, head, served)
+        yield url
+    finally:
+        stopped = head.job("stop", served)
+    assert stopped.code == 0
 
 
 def served_and_stopped(head: Head, bundles: Path) -> None:
@@ -167,7 +170,9 @@ def test_a_night_of_a_service_with_its_state_in_redis(
     retrain = ("retrain", bundles, dataset, "--state", server.url, "--least", 10, "--json")
     try:
         with serving(head, bundles, "--state", server.url) as url:
-            assert last_json(head.submit(*retrain))["verdict"] == "no news"
+            ran = head.submit(*retrain)
+            assert ran.code == 0, ran.out
+            assert last_json(ran)["verdict"] == "no news"
 
             did = [{"user_id": f"u{n}", "item_id": f"{n % 24 + 1:06d}", "action": "view"} for n in range(30)]
             assert httpx.post(f"{url}/v1/events", json={"events": did}, timeout=20).json()["accepted"] == 30

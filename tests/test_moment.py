@@ -10,11 +10,10 @@ import tinyshop
 import torch
 
 from rayrec.catalogue import Catalogue
-from rayrec.config import saved_config
 from rayrec.history import MAX_GAP_S, encode_history
 from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.encoders import ItemTable
-from rayrec.model.fusion import Fusion
+from rayrec.model.fusion import Candidates, Fusion
 from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.moment import HOUR_CODES, SINCE_CODES, Moment, asked
 from rayrec.settings import with_settings
@@ -88,10 +87,9 @@ def test_the_fusion_learns_what_is_wanted_at_once_and_what_another_day(items: It
     history = past(newest + 1000, newest + DAY_MS, newest + 300 * DAY_MS)
 
     def logits() -> torch.Tensor:
-        follow_BCF = torch.ones(3, 30, FOLLOW_FEATURES)
-        logit_BCH: torch.Tensor = fusion(
-            items, history, torch.ones(3, config.width), candidate_BC, vector_ND, follow_BCF
-        )
+        candidates = Candidates.of(items, candidate_BC, vector_ND, torch.ones(3, 30, FOLLOW_FEATURES))
+        past_BLD = vector_ND[history.item_BL]
+        logit_BCH: torch.Tensor = fusion(items, history, torch.ones(3, config.width), candidates, past_BLD)
         return logit_BCH[..., 0]
 
     optimizer = torch.optim.Adam(fusion.parameters(), lr=0.02)
@@ -107,10 +105,3 @@ def test_the_fusion_learns_what_is_wanted_at_once_and_what_another_day(items: It
         torch.testing.assert_close(found_BC[2], logits().detach()[2])
     else:
         torch.testing.assert_close(found_BC[0], found_BC[1])
-
-
-def test_settings_of_before_have_no_moment() -> None:
-    tree = tinyshop.tiny().model_dump(mode="json")
-    assert saved_config(tree).model.use_moment
-    del tree["model"]["use_moment"]
-    assert not saved_config(tree).model.use_moment

@@ -201,7 +201,7 @@ def test_in_training_some_candidates_are_as_if_cold_but_none_that_the_visitor_me
     forward = Fusion.forward
 
     def watched(*given: Any) -> torch.Tensor:
-        ranked.append(given[4])
+        ranked.extend(one for one in given if isinstance(one, Candidates))
         return forward(*given)
 
     monkeypatch.setattr(Fusion, "forward", watched)
@@ -216,5 +216,6 @@ def test_in_training_some_candidates_are_as_if_cold_but_none_that_the_visitor_me
     assert not pretended_BC[1, 2]
     item = int(in_training.item_BC[0][pretended_BC[0]][0])
     with_id, without = (model.item_encoder(model.items, torch.tensor([item]), with_ids=w)[0] for w in (True, False))
+    assert not torch.allclose(with_id, without)
     torch.testing.assert_close(in_training.vector_BCD[0, item - 1], without)
     torch.testing.assert_close(judged.vector_BCD[0, item - 1], with_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,3 +58,11 @@ def test_a_file_in_parts_has_a_row_group_for_each_and_is_not_there_without_any(t
     assert written.read() == pa.concat_tables(parts)
     folder.parquet_parts("none.parquet", schema, [])
     assert not (tmp_path / "none.parquet").exists()
+
+    def breaks() -> Iterator[pa.Table]:
+        yield parts[0]
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        folder.parquet_parts("some.parquet", schema, breaks())
+    assert not (tmp_path / "some.parquet").exists(), "what there is of it would read as a whole file"

@@ -29,8 +29,8 @@ from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.recommender import SAMPLED_NEGATIVES, NextItems, Recommender, build
 from rayrec.progress import step
 from rayrec.schema import ACTION_CODE
-from rayrec.settings import with_settings
-from rayrec.training.group import Group, cores
+from rayrec.settings import from_dict, with_settings
+from rayrec.training.group import Group
 from rayrec.training.loop import Learner
 from rayrec.training.parts import Parts
 
@@ -44,25 +44,22 @@ def run(items: int, steps: int, rounds: int, settings: Sequence[str] = (), worke
 
     settings: `path=value` of every model. Raises RuntimeError if a worker fails.
     """
+    base = with_settings(preset("small"), ["model.use_image=false", f"train.negatives={SAMPLED_NEGATIVES}", *settings])
     if workers == 1:
-        found = timed(items, steps, rounds, settings, Group(0, 1, CPU))
+        found = time_ways(items, steps, rounds, base, Group(0, 1, CPU))
     else:
-        found = _by_torchrun(items, steps, rounds, settings, workers)
+        found = _by_torchrun(items, steps, rounds, base, workers)
     median = {name: {k: statistics.median(one[k] for one in runs) for k in runs[0]} for name, runs in found.items()}
     for name, one in median.items():
         step(f"median:  {describe(name, one)}")
-    threads = torch.get_num_threads() if workers == 1 else max(1, cores() // workers)
     return {
-        "bench": "ids", "items": items, "workers": workers, "threads": threads,
+        "bench": "ids", "items": items, "workers": workers, "width": base.model.width,
         "rounds": found, "median": median,
     }  # fmt: skip
 
 
-def timed(
-    items: int, steps: int, rounds: int, settings: Sequence[str], peers: Group
-) -> dict[str, list[dict[str, float]]]:
+def time_ways(items: int, steps: int, rounds: int, base: Config, peers: Group) -> dict[str, list[dict[str, float]]]:
     """This worker's runs of each way. Every worker calls it with the same numbers and settings."""
-    base = with_settings(preset("small"), ["model.use_image=false", f"train.negatives={SAMPLED_NEGATIVES}", *settings])
     rng = np.random.default_rng(0)
     catalogue = Catalogue.from_table(make_items(1 + np.bincount(draw_items(items, items, rng), minlength=items)))
     own = np.random.default_rng([1, peers.rank])
@@ -79,15 +76,16 @@ def timed(
     return found
 
 
-def _by_torchrun(
-    items: int, steps: int, rounds: int, settings: Sequence[str], workers: int
-) -> dict[str, list[dict[str, float]]]:
+def _by_torchrun(items: int, steps: int, rounds: int, base: Config, workers: int) -> dict[str, list[dict[str, float]]]:
     """The first worker's runs."""
     nodes = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-    words = [*nodes, "-m", "rayrec.bench.id_table", *map(str, (items, steps, rounds)), *settings]
-    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=False)
+    words = [*nodes, "-m", "rayrec.bench.id_table", *map(str, (items, steps, rounds)), base.model_dump_json()]
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
+    done = subprocess.run(
+        [sys.executable, *words], stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **threads}
+    )
     if done.returncode:
-        raise RuntimeError(f"workers failed ({done.returncode}): {' '.join(words)}")
+        raise RuntimeError(f"workers failed ({done.returncode}): {' '.join(words[:-1])}")
     found: dict[str, list[dict[str, float]]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -144,10 +142,9 @@ def _steps(config: Config, catalogue: Catalogue, batches: Sequence[NextItems], p
 def _worker(words: Sequence[str]) -> None:
     items, steps, rounds = map(int, words[:3])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(max(1, cores() // world))
     torch.distributed.init_process_group("gloo")
     try:
-        found = timed(items, steps, rounds, words[3:], Group(rank, world, CPU))
+        found = time_ways(items, steps, rounds, from_dict(Config, json.loads(words[3])), Group(rank, world, CPU))
     finally:
         torch.distributed.destroy_process_group()
     if rank == 0:

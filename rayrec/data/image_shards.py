@@ -34,9 +34,10 @@ from rayrec.history import Ints
 from rayrec.schema import IMAGE_SCHEMA, REJECT_SCHEMA
 
 BATCH = 512
+"""Pictures of a task and a shard: about a second, so that no core waits long for the last of them."""
 ROW_GROUP = 16
-"""Rows that are in memory at once, under a MB: larger blocks are fresh pages of the system for each, which a shard of
-several hundred pays with a third of what their decoding takes."""
+"""New rows that are in memory at once, at the default size under a MB. A whole shard would be fresh pages of the system
+each time, which cost a third of what its decoding does."""
 LARGEST_BYTES = 64 * 1024 * 1024
 FOLDER = "images/"
 

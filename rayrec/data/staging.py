@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -49,16 +48,18 @@ class Folder:
             pq.write_table(table, stream, **options)
 
     def parquet_parts(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table], **options: Any) -> None:
-        """Write tables as row groups of one Parquet file, each as it comes; no file if there are none."""
-        first = next(tables := iter(tables), None)
-        if first is None:
-            return
-        with (
-            self.fs.open_output_stream(self.path(name)) as stream,
-            pq.ParquetWriter(stream, schema, **options) as writer,
-        ):
-            for table in chain([first], tables):
-                writer.write_table(table)
+        """Write tables as row groups of a Parquet file, each as it comes; no file on an error or without any."""
+        path, n_tables = self.path(name), 0
+        try:
+            with self.fs.open_output_stream(path) as stream, pq.ParquetWriter(stream, schema, **options) as writer:
+                for table in tables:
+                    writer.write_table(table)
+                    n_tables += 1
+        except BaseException:  # what was written closes as a whole file of a part
+            self.fs.delete_file(path)
+            raise
+        if not n_tables:
+            self.fs.delete_file(path)
 
     def json(self, name: str, value: Any) -> None:
         """Write a value as JSON."""

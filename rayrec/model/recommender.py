@@ -198,7 +198,7 @@ class Recommender(nn.Module):
 
     @torch.no_grad()
     def _some_as_cold(self, candidates: Candidates, history: HistoryTensors) -> Candidates:
-        """A random share of the candidates as if nobody had met them; those that the visitor has stay as they are.
+        """A share of the candidates that the visitor has not met, at random, as if nobody else had.
 
         An item without events is never a target, and would teach that what is new is never chosen.
         """
