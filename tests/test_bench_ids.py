@@ -29,8 +29,12 @@ def test_two_workers_that_share_the_table_hold_half_of_it_each() -> None:
     assert 0 < shared["gradient_bytes"] < 1501 * (16 * 4 + 8)
 
 
-def test_workers_that_fail_are_told_of() -> None:
+def test_a_mistaken_setting_is_told_before_any_worker_starts() -> None:
     with pytest.raises(UsageError, match=r"train\.lr"):
         run(3000, 1, 1, ["train.lr=no"], workers=2)
+
+
+@pytest.mark.slow
+def test_workers_that_fail_are_told_of() -> None:
     with pytest.raises(RuntimeError, match="workers failed"):
         run(3000, 1, 1, ["train.loss=gbce", "train.negatives=100000000000"], workers=2)
