@@ -94,7 +94,8 @@ def test_at_another_moment_scores_are_asked_anew_and_vectors_are_not() -> None:
     assert (scorer.calls, scorer.scored) == ([1], 6)
     assert fused(model, batch, [1, 2, 3])[1] == fused(model, later, [1, 2, 3])[1] == [True]
     scorer.reads_moment = False
-    fused(model := Remembering(scorer, 10), batch, [1, 2, 3])
+    model = Remembering(scorer, 10)
+    fused(model, batch, [1, 2, 3])
     assert fused(model, later, [1, 2, 3])[1] == [True], "a model that does not read it says the same"
 
 

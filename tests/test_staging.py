@@ -66,3 +66,5 @@ def test_a_file_in_parts_has_a_row_group_for_each_and_is_not_there_without_any(t
     with pytest.raises(OSError, match="full"):
         folder.parquet_parts("some.parquet", schema, breaks())
     assert not (tmp_path / "some.parquet").exists(), "what there is of it would read as a whole file"
+    with pytest.raises(OSError, match="Failed to open"):
+        folder.parquet_parts("missing/some.parquet", schema, parts)

@@ -114,10 +114,7 @@ def bench_ids(
     items: Annotated[int, typer.Option(min=10, help="Of the catalogue that is made for it.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=1, help="That are timed of each in a round.")] = 10,
     rounds: Rounds = 3,
-    workers: Annotated[
-        int,
-        typer.Option(min=1, help="Processes that train together; several may share the table."),
-    ] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="That train together; several may share the table.")] = 1,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:

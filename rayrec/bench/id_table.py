@@ -22,6 +22,7 @@ import torch.distributed
 
 from rayrec.bench.dataset_made import make_items
 from rayrec.bench.made_shop import draw_items
+from rayrec.bench.measure import torchrun
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config, TrainConfig, preset
 from rayrec.history import encode_history
@@ -78,8 +79,7 @@ def time_ways(items: int, steps: int, rounds: int, base: Config, peers: Group) -
 
 def _by_torchrun(items: int, steps: int, rounds: int, base: Config, workers: int) -> dict[str, list[dict[str, float]]]:
     """The first worker's runs."""
-    nodes = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-    words = [*nodes, "-m", "rayrec.bench.id_table", *map(str, (items, steps, rounds)), base.model_dump_json()]
+    words = [*torchrun("rayrec.bench.id_table", workers), *map(str, (items, steps, rounds)), base.model_dump_json()]
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
     done = subprocess.run(
         [sys.executable, *words], stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **threads}

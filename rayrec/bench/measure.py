@@ -71,6 +71,11 @@ def measured(command: Sequence[str], env: Mapping[str, str] | None = None, error
     return Measured(time.monotonic() - started, sum(cpu_s.values()), peak_mib, output)
 
 
+def torchrun(module: str, workers: int) -> list[str]:
+    """The words after `python` that start a module in so many processes on this machine, as `torchrun` does."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", "-m", module]
+
+
 def _end(child: subprocess.Popen[str]) -> None:
     """End a command that was not waited for; killed at once, one with a Ray of its own would leave that behind."""
     child.terminate()

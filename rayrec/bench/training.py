@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrec.bench.dataset_made import make_dataset
+from rayrec.bench.measure import torchrun
 from rayrec.progress import step
 from rayrec.training.trainer import ALLOCATOR
 
@@ -69,15 +70,7 @@ def run(events: int, rounds: int, workers: int) -> dict[str, Any]:
     from rayrec.bench.flops import table
 
     settings = [*SETTINGS, f"train.workers={workers}"]
-    nodes = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={workers}",
-        "-m",
-        "rayrec.bench.torchrun",
-    ]
-    commands = {"ray": ["-c", _RAY], "torchrun": nodes}
+    commands = {"ray": ["-c", _RAY], "torchrun": torchrun("rayrec.bench.torchrun", workers)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
         step(f"making a dataset of {events} events")

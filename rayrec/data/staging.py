@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -56,7 +57,8 @@ class Folder:
                     writer.write_table(table)
                     n_tables += 1
         except BaseException:  # what was written closes as a whole file of a part
-            self.fs.delete_file(path)
+            with suppress(OSError):  # where nothing could be opened there is nothing, and the first error is to be told
+                self.fs.delete_file(path)
             raise
         if not n_tables:
             self.fs.delete_file(path)

@@ -29,10 +29,10 @@ class Candidates:
     """Items to be ranked for each of B visitors, and what is known of them because others met them.
 
     item_BC        [B, C] int64    0 is padding
-    vector_BCD     [B, C, D]
-    follow_BCF     [B, C, FOLLOW_FEATURES]  how they followed the visitor's items in the past
-    popularity_BC  [B, C] float32
-    is_cold_BC      [B, C] bool     nobody has met them
+    vector_BCD     [B, C, D] float32
+    follow_BCF     [B, C, FOLLOW_FEATURES] float32  how they followed the visitor's items in the past
+    popularity_BC  [B, C] float32  see `ItemTable.log_popularity_N`
+    is_cold_BC     [B, C] bool     nobody has met them
     """
 
     item_BC: Tensor
@@ -47,17 +47,20 @@ class Candidates:
         vector_BCD = looked_up(vector_ND, item_BC)
         return cls(item_BC, vector_BCD, follow_BCF, items.log_popularity_N[item_BC], ~items.warm_N[item_BC])
 
-    def as_cold(self, is_cold_BC: Tensor, vector_XD: Tensor, items: ItemTable) -> Candidates:
-        """The same, where some are as if nobody had met them. vector_XD: of those X, in the order of `is_cold_BC`."""
-        nothing_F = torch.tensor(NOTHING_FOLLOWED, device=is_cold_BC.device)
+    def as_cold(self, chosen_BC: Tensor, vector_XD: Tensor, items: ItemTable) -> Candidates:
+        """The same, where those of `chosen_BC` ([B, C] bool) are as if nobody had met them.
+
+        vector_XD: [X, D] float32, the vectors of the X chosen, row by row.
+        """
+        nothing_F = torch.tensor(NOTHING_FOLLOWED, device=chosen_BC.device)
         vector_BCD = self.vector_BCD.clone()
-        vector_BCD[is_cold_BC] = vector_XD
+        vector_BCD[chosen_BC] = vector_XD
         return replace(
             self,
             vector_BCD=vector_BCD,
-            follow_BCF=torch.where(is_cold_BC[..., None], nothing_F, self.follow_BCF),
-            popularity_BC=torch.where(is_cold_BC, items.log_popularity_N[0], self.popularity_BC),  # that of no events
-            is_cold_BC=self.is_cold_BC | is_cold_BC,
+            follow_BCF=torch.where(chosen_BC[..., None], nothing_F, self.follow_BCF),
+            popularity_BC=torch.where(chosen_BC, items.log_popularity_N[0], self.popularity_BC),  # that of no events
+            is_cold_BC=self.is_cold_BC | chosen_BC,
         )
 
 

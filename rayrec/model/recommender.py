@@ -204,9 +204,9 @@ class Recommender(nn.Module):
         """
         item_BC = candidates.item_BC
         is_met_BC = (item_BC[..., None] == history.item_BL[:, None]).any(2)
-        is_cold_BC = (torch.rand(item_BC.shape, device=item_BC.device) < self.config.model.cold_dropout) & ~is_met_BC
-        row_R, place_X = item_BC[is_cold_BC].unique(return_inverse=True)
-        return candidates.as_cold(is_cold_BC, self.item_encoder(self.items, row_R, with_ids=False)[place_X], self.items)
+        chosen_BC = (torch.rand(item_BC.shape, device=item_BC.device) < self.config.model.cold_dropout) & ~is_met_BC
+        row_R, place_X = item_BC[chosen_BC].unique(return_inverse=True)
+        return candidates.as_cold(chosen_BC, self.item_encoder(self.items, row_R, with_ids=False)[place_X], self.items)
 
     def train(self, mode: bool = True) -> Recommender:
         """As every module's; once the vectors are frozen the first stage stays in evaluation mode, without dropout."""
