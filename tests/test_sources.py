@@ -51,6 +51,15 @@ FILES = {
             {"asin": "0001", "title": "Soap", "brand": "Fa", "price": "$3.50", "categories": [["Beauty", "Bath"]]}
         ),
     },
+    "recbole": {
+        "ml.inter": 'user_id:token\titem_id:token\trating:float\ttimestamp:float\n196\t242\t3\t881250949\n186\t"302\n',
+        "ml.item": "item_id:token\tmovie_title:token_seq\tclass:token_seq\n242\tToy Story\tAnimation Comedy\n302\t\n",
+    },
+    "s3rec": {
+        "Toys.txt": "1 7 8\n2 8\n\n",
+        "Toys_sample.txt": "1 9 9\n",
+        "Toys_item2attributes.json": '{"7": [3, 1], "8": []}',
+    },
 }
 
 EXPECTED = {
@@ -64,6 +73,8 @@ EXPECTED = {
     "hm": [("00ab", "0663713001", "2018-09-20", "purchase", "0.05")],
     "retailrocket": [("257597", "355908", "1433221332117", "addtocart")],
     "amazon_reviews": [("A2", "B2", "1588687728923", "rate", "3"), ("A1", "0001", "1369699200", "rate", "5.0")],
+    "recbole": [("196", "242", "881250949", "rate", "3"), ("186", '"302', "", "rate", "")],
+    "s3rec": [("1", "7", "0", "view"), ("1", "8", "1", "view"), ("2", "8", "0", "view")],
 }
 
 ITEMS = {
@@ -75,6 +86,8 @@ ITEMS = {
     ],
     "retailrocket": [("355908", "1338", "", "", "", "")],
     "amazon_reviews": [("0001", "Beauty|Bath", "Fa", "3.50", "Soap", "")],
+    "recbole": [("242", "Animation|Comedy", "", "", "Toy Story", ""), ("302", "", "", "", "", "")],
+    "s3rec": [("7", "3|1", "", "", "", ""), ("8", "", "", "", "", "")],
 }
 
 
@@ -173,6 +186,29 @@ def test_a_damaged_archive_is_the_sources_fault(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}: a damaged archive"):
             import_source("online_retail", tmp_path / name, tmp_path / "raw")
         assert not (tmp_path / "raw").exists()
+
+
+def test_atomic_files_without_ratings_are_views_and_without_times_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "seen.inter").write_text("item_id:token\ttimestamp:float\tuser_id:token\n5\t17\tu\n")
+    import_source("recbole", tmp_path / "seen.inter", tmp_path / "raw")
+    assert read(tmp_path / "raw/events/part-00000.csv") == [("u", "5", "17", "view", "")]
+    (tmp_path / "seen.inter").write_text("user_id:token\titem_id:token\nu\t5\n")
+    with pytest.raises(DataError, match=r"seen\.inter: no column timestamp; it has: user_id, item_id"):
+        import_source("recbole", tmp_path / "seen.inter", tmp_path / "raw2")
+    (tmp_path / "seen.inter").write_text("user_id,item_id\nu,5\n")
+    with pytest.raises(DataError, match="must name columns and their types"):
+        import_source("recbole", tmp_path / "seen.inter", tmp_path / "raw2")
+
+
+def test_which_of_several_sets_is_meant_must_be_said(tmp_path: Path) -> None:
+    src = download(tmp_path / "src", "s3rec")
+    (src / "Beauty.txt").write_text("1 5\n")
+    with pytest.raises(DataError, match=r"holds Beauty\.txt, Toys\.txt; name one"):
+        import_source("s3rec", src, tmp_path / "raw")
+    assert import_source("s3rec", src / "Beauty.txt", tmp_path / "raw") == {"events": 1, "items": 0}
+    (src / "Toys_item2attributes.json").write_text("[7")
+    with pytest.raises(DataError, match="not a JSON object of items"):
+        import_source("s3rec", src / "Toys.txt", tmp_path / "raw2")
 
 
 def test_mistakes_are_explained(tmp_path: Path) -> None:

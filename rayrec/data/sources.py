@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import shutil
 import tarfile
@@ -16,21 +15,18 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
+from rayrec.data.downloads import csv_rows, csv_shards, find, json_lines, only, text, typed_rows
 from rayrec.data.raw import SETTINGS_FILE
 from rayrec.errors import DataError, ResourceError, UsageError
-from rayrec.progress import Task, step
+from rayrec.progress import Task
 
 SHARD_ROWS = 1_000_000
-CSV_FILES = ("*.csv", "*.csv.gz", "*.tar", "*.tar.gz", "*.tgz")
 ITEM_COLUMNS = ("item_id", "category", "brand", "price", "title", "image")
 
 Row = list[str]
@@ -96,10 +92,6 @@ class Shop:
         (self.folder / SETTINGS_FILE).write_text(yaml.safe_dump(tree), encoding="utf-8")
 
 
-class OtherTableError(DataError):
-    """A file that is readable and is another table than the one that is looked for."""
-
-
 def import_source(name: str, src: str | Path, dst: str | Path) -> dict[str, int]:
     """Turn the files of a public data set in `src` (a folder, file or archive) into the raw folder `dst`.
 
@@ -134,83 +126,6 @@ def import_source(name: str, src: str | Path, dst: str | Path) -> dict[str, int]
     return {"events": shop.n_events, "items": len(shop.items)}
 
 
-# ---------------------------------------------------------------- finding and opening
-
-
-def _find(src: Path, *names: str) -> Path:
-    """The file `src` itself, or the first of `names` (globs) below the folder `src`. Raises DataError."""
-    if src.is_file():
-        return src
-    for name in names:
-        for path in sorted(src.rglob(name)):
-            return path
-    there = ", ".join(sorted(path.name for path in src.iterdir())[:20])
-    raise DataError(f"{src}: no {' or '.join(names)}; there is: {there or 'nothing'}")
-
-
-@contextmanager
-def _text(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
-    """A text file, gzipped or not; bytes that are not text become U+FFFD."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        yield io.TextIOWrapper(stream, encoding=encoding, errors="replace", newline="")
-
-
-def _csv(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
-    """The `columns` (two or more) of a CSV file, row by row. Raises DataError if it lacks one."""
-    with _text(path, "utf-8-sig") as stream:
-        yield from _chosen(stream, path, *columns)
-
-
-def _chosen(stream: TextIO, name: Path | str, *columns: str) -> Iterator[tuple[str, ...]]:
-    reader = csv.reader(stream)
-    header = next(reader, [])
-    missing = [column for column in columns if column not in header]
-    if missing:
-        kind = OtherTableError if 2 * len(missing) > len(columns) else DataError
-        raise kind(f"{name}: no column {', '.join(missing)}; it has: {', '.join(header)}")
-    choose = itemgetter(*(header.index(column) for column in columns))
-    for row in reader:
-        yield choose(row if len(row) >= len(header) else [*row, *[""] * len(header)])
-
-
-def _csv_shards(src: Path, *columns: str) -> Iterator[tuple[str, Iterator[tuple[str, ...]]]]:
-    """The CSV files in a folder, in its archives, or the one file: name without ending, and the `columns`.
-
-    In a folder, files that lack most of these columns are passed over, and named. Raises DataError if all are, or if
-    one lacks some: a day whose header has changed must not go missing.
-    """
-    if src.is_file():
-        yield from _in_archive(src, *columns) if tarfile.is_tarfile(src) else [(_stem(src), _csv(src, *columns))]
-        return
-    passed_over: list[OtherTableError] = []
-    taken = 0
-    for path in sorted(path for ending in CSV_FILES for path in src.rglob(ending)):
-        for name, rows in _csv_shards(path, *columns):
-            try:
-                first = next(rows, None)
-            except OtherTableError as error:
-                passed_over.append(error)
-                step(f"passed over {error}")
-                continue
-            taken += 1
-            yield name, chain([first] if first else [], rows)
-    if passed_over and not taken:
-        raise passed_over[0]
-
-
-def _in_archive(path: Path, *columns: str) -> Iterator[tuple[str, Iterator[tuple[str, ...]]]]:
-    with tarfile.open(path) as archive:
-        for member in archive:  # in its own order: to seek back means to decompress from the start
-            content = archive.extractfile(member) if member.name.endswith(".csv") else None
-            if content is not None:
-                text = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
-                yield Path(member.name).stem, _chosen(text, member.name, *columns)
-
-
-def _stem(path: Path) -> str:
-    return path.name.split(".")[0]
-
-
 # ---------------------------------------------------------------- the formats
 
 
@@ -228,7 +143,7 @@ def _online_retail(src: Path, shop: Shop) -> None:
             yield [customer, invoice, item, _iso(date), action, price, quantity]
 
     header = ("user_id", "session_id", "item_id", "timestamp", "action", "price", "quantity")
-    for name, rows in _csv_shards(src, *columns):
+    for name, rows in csv_shards(src, *columns):
         shop.events(header, events(rows), name)
     for counts, field in ((titles, "title"), (prices, "price")):
         for (item, value), _ in reversed(counts.most_common()):  # the most frequent comes last, and stays
@@ -251,7 +166,7 @@ def _taobao(src: Path, shop: Shop) -> None:
     """Nine days of Beijing time, 2017-11-25 to 2017-12-03: times outside are known to be broken."""
 
     def events() -> Iterator[Row]:
-        with _text(_find(src, "UserBehavior.csv", "UserBehavior*.csv", "UserBehavior*.csv.gz")) as stream:
+        with text(find(src, "UserBehavior.csv", "UserBehavior*.csv", "UserBehavior*.csv.gz")) as stream:
             for row in csv.reader(stream):
                 if len(row) == 5 and row[1] and row[2]:
                     shop.items.setdefault(row[1], {"category": row[2]})
@@ -263,28 +178,28 @@ def _taobao(src: Path, shop: Shop) -> None:
 
 def _movielens_1m(src: Path, shop: Shop) -> None:
     def events() -> Iterator[Row]:
-        with _text(_find(src, "ratings.dat")) as stream:
+        with text(find(src, "ratings.dat")) as stream:
             for line in stream:
                 user, item, rating, timestamp = (*line.rstrip("\r\n").split("::"), "", "", "", "")[:4]
                 yield [user, item, timestamp, "rate", rating]
 
     shop.events(("user_id", "item_id", "timestamp", "action", "value"), events())
-    movies = _find(src.parent if src.is_file() else src, "movies.dat")
-    with _text(movies, "latin-1") as stream:
+    movies = find(src.parent if src.is_file() else src, "movies.dat")
+    with text(movies, "latin-1") as stream:
         for line in stream:
             item, title, genres = (*line.rstrip("\r\n").split("::"), "", "")[:3]
             shop.item(item, title=title, category=genres)
 
 
 def _hm(src: Path, shop: Shop) -> None:
-    rows = _csv(_find(src, "transactions_train.csv"), "customer_id", "article_id", "t_dat", "price")
+    rows = csv_rows(find(src, "transactions_train.csv"), "customer_id", "article_id", "t_dat", "price")
     shop.events(
         ("user_id", "item_id", "timestamp", "action", "price"),
         ([user, item, day, "purchase", price] for user, item, day, price in rows),
     )
     folder = src.parent if src.is_file() else src
     columns = ("article_id", "prod_name", "product_group_name", "product_type_name", "index_group_name")
-    for item, title, group, kind, brand in _csv(_find(folder, "articles.csv"), *columns):
+    for item, title, group, kind, brand in csv_rows(find(folder, "articles.csv"), *columns):
         image = folder / "images" / item[:3] / f"{item}.jpg"
         path = str(image.absolute()) if image.exists() else ""
         shop.item(item, title=title, category=f"{group}/{kind}", brand=brand, image=path)
@@ -292,11 +207,11 @@ def _hm(src: Path, shop: Shop) -> None:
 
 def _retailrocket(src: Path, shop: Shop) -> None:
     """Item properties are hashed, all but `categoryid`; an item's latest category counts."""
-    rows = _csv(_find(src, "events.csv"), "visitorid", "itemid", "timestamp", "event")
+    rows = csv_rows(find(src, "events.csv"), "visitorid", "itemid", "timestamp", "event")
     shop.events(("user_id", "item_id", "timestamp", "action"), rows)
     latest: dict[str, int] = {}
     for path in sorted((src.parent if src.is_file() else src).rglob("item_properties*.csv")):
-        for time, item, name, value in _csv(path, "timestamp", "itemid", "property", "value"):
+        for time, item, name, value in csv_rows(path, "timestamp", "itemid", "property", "value"):
             if name == "categoryid" and int(time or 0) >= latest.get(item, 0):
                 latest[item] = int(time or 0)
                 shop.item(item, category=value)
@@ -308,7 +223,7 @@ def _amazon_reviews(src: Path, shop: Shop) -> None:
     metas = [path for path in files if path.name.lower().startswith("meta")]
 
     def events(path: Path) -> Iterator[Row]:
-        for row in _json_lines(path):
+        for row in json_lines(path):
             user = row.get("reviewerID") or row.get("user_id") or ""
             item = row.get("parent_asin") or row.get("asin") or ""
             rating = row.get("overall", row.get("rating", ""))
@@ -319,7 +234,7 @@ def _amazon_reviews(src: Path, shop: Shop) -> None:
             name = path.name.split(".")[0]
             shop.events(("user_id", "item_id", "timestamp", "action", "value"), events(path), name)
     for path in metas:
-        for row in _json_lines(path):
+        for row in json_lines(path):
             categories = row.get("categories") or row.get("category") or []
             flat = [word for part in categories for word in (part if isinstance(part, list) else [part])]
             shop.item(
@@ -331,18 +246,68 @@ def _amazon_reviews(src: Path, shop: Shop) -> None:
             )
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects, one a line. Raises DataError that names the line."""
-    with _text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError:
-                raise DataError(f"{path}: line {number} is not JSON; these are not the review files") from None
-            if isinstance(value, dict):
-                yield value
+def _recbole(src: Path, shop: Shop) -> None:
+    """Atomic files: what was done in NAME.inter, what is known of items in NAME.item, if there is one."""
+    path = only(src, "*.inter")
+    kinds, rows = typed_rows(path)
+    needed = ("user_id", "item_id", "timestamp")
+    if missing := [name for name in needed if name not in kinds]:
+        raise DataError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(kinds)}")
+    place = {name: at for at, name in enumerate(kinds)}
+
+    def events() -> Iterator[Row]:
+        for row in rows:
+            cells = [*row, *[""] * len(kinds)]
+            done = ["rate", cells[place["rating"]]] if "rating" in place else ["view", ""]
+            yield [*(cells[place[name]] for name in needed), *done]
+
+    shop.events(("user_id", "item_id", "timestamp", "action", "value"), events())
+    items = path.with_suffix(".item")
+    if items.exists():
+        _recbole_items(items, shop)
+
+
+RECBOLE_NAMES = {
+    "title": ("title", "movie_title", "item_name", "name"),
+    "category": ("categories", "category", "class", "genres", "genre"),
+    "brand": ("brand",),
+    "price": ("price",),
+}
+"""Our columns, and what they are called in RecBole's collection of data sets; the first that is there is taken."""
+
+
+def _recbole_items(path: Path, shop: Shop) -> None:
+    kinds, rows = typed_rows(path)
+    if "item_id" not in kinds:
+        raise DataError(f"{path}: no column item_id; it has: {', '.join(kinds)}")
+    column = {ours: next((name for name in theirs if name in kinds), None) for ours, theirs in RECBOLE_NAMES.items()}
+    for row in rows:
+        cells = dict(zip(kinds, row, strict=False))
+        fields = {ours: cells.get(name, "") for ours, name in column.items() if name}
+        if kinds.get(column["category"] or "") == "token_seq":  # its parts are separated by spaces
+            fields["category"] = "|".join(fields["category"].split())
+        shop.item(cells.get("item_id", ""), **fields)
+
+
+def _s3rec(src: Path, shop: Shop) -> None:
+    """What was done is not told: all are views. Attributes are numbers without names."""
+    path = only(src, "*.txt", but="_sample.txt")
+
+    def events() -> Iterator[Row]:
+        with text(path) as stream:
+            for line in stream:
+                user, *items = line.split() or [""]
+                yield from ([user, item, str(place), "view"] for place, item in enumerate(items))
+
+    shop.events(("user_id", "item_id", "timestamp", "action"), events())
+    attributes = path.with_name(f"{path.stem}_item2attributes.json")
+    if attributes.exists():
+        try:
+            of_item = dict(json.loads(attributes.read_bytes()))
+        except ValueError:
+            raise DataError(f"{attributes}: not a JSON object of items and their attributes") from None
+        for item, codes in of_item.items():
+            shop.item(item, category="|".join(map(str, codes)))
 
 
 SOURCES: dict[str, Source] = {
@@ -358,5 +323,7 @@ SOURCES: dict[str, Source] = {
     "amazon_reviews": Source(
         "Amazon reviews of 2014, 2018 or 2023: JSON lines, with or without meta files", _amazon_reviews
     ),
+    "recbole": Source("RecBole's atomic files: NAME.inter with a timestamp, with or without NAME.item", _recbole),
+    "s3rec": Source("S3-Rec's sequences: NAME.txt, a line a user, with or without NAME_item2attributes.json", _s3rec),
 }
 """The known formats by name."""
