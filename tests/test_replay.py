@@ -23,6 +23,7 @@ from rayrec.catalogue import Catalogue
 from rayrec.evaluation.judge import evaluate, floor_makers, summarise
 from rayrec.evaluation.metrics import SHOWN
 from rayrec.evaluation.replay import NEGATIVES, ReplaySettings, replay
+from rayrec.evaluation.table import table_lines
 from rayrec.history import HistoryBatch
 
 BUY = lambda item: (item, PURCHASE)  # noqa: E731
@@ -232,6 +233,17 @@ def test_a_perfect_ranker_is_perfect_and_a_slice_tells_cold_from_warm(tmp_path: 
     assert result["slices"]["cold_items"]["mrr@10"] == 0.5
     assert result["floors"] == {}
     assert result["detail"]["hr_at"]["model"][:2] == [pytest.approx(2 / 3), 1.0]
+
+
+@pytest.mark.parametrize("nobody_met", [0, 1])
+def test_a_catalogue_that_is_made_of_its_log_is_told(tmp_path: Path, nobody_met: int) -> None:
+    sequences = sequence_table([1, 2, 3], [2, 1, 3])  # the third is only ever asked for
+    dataset = write_dataset(tmp_path / "shop", sequences, item_table([2, 2, 0, *[0] * nobody_met]))
+    ranker = maker(ScoreTable(next=range(3 + nobody_met)))
+    result = evaluate(ranker, dataset, max_len=5, parallel=False)
+    assert result["catalogue"] == {"cold": 1 + nobody_met, "cold_met_later": 1}
+    told = "each of the 1 items without a training event has a later one" in table_lines(result)[-1]
+    assert told == (nobody_met == 0)
 
 
 def test_only_the_protocols_asked_for(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from rayrec.catalogue import Catalogue
 from rayrec.data.dataset import Dataset
-from rayrec.data.training_events import COLUMNS, TrainingEvents
+from rayrec.data.training_events import COLUMNS, TrainingEvents, flat
 from rayrec.evaluation.floors import Markov, Popular, Ranker
 from rayrec.evaluation.metrics import (
     SHOWN,
@@ -88,6 +88,7 @@ def evaluate(
     else:
         answers = replay({name: make() for name, make in makers.items()}, sequences, settings)
     result = summarise(answers, catalogue, settings, tuple(makers))
+    result["catalogue"] = cold_counts(sequences, catalogue)
     result["settings"]["sampled_users"] = users if settings.hash_limit < ReplaySettings.hash_limit else None
     return result
 
@@ -95,6 +96,17 @@ def evaluate(
 def cold_items(catalogue: Catalogue) -> tuple[int, ...]:
     """Items without a training event, ascending."""
     return tuple((np.flatnonzero(catalogue.n_train[1:] == 0) + 1).tolist())
+
+
+def cold_counts(sequences: pa.Table, catalogue: Catalogue) -> dict[str, int]:
+    """How many items have no training event, and how many of these have another, which is withheld or asked for.
+
+    If all have, the catalogue was made of its log: what nobody had met is there for being somebody's next item, and to
+    have no event gives away that an item is one. In a shop's catalogue there are those that nobody ever chose.
+    """
+    cold = np.asarray(cold_items(catalogue), np.int64)
+    met_A, _ = flat(sequences, "item")
+    return {"cold": len(cold), "cold_met_later": int(np.isin(cold, met_A).sum())}
 
 
 def floor_makers(sequences: pa.Table, catalogue: Catalogue) -> dict[str, Callable[[], Ranker]]:

@@ -19,7 +19,16 @@ def table_lines(result: dict[str, Any], oracles: Mapping[str, dict[str, Any]] | 
     for name, body in rows.items():
         cells = [_cell((body or {}).get(protocol, {})) for protocol in COLUMNS]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
-    return lines
+    return lines + _made_of_its_log(result["catalogue"])
+
+
+def _made_of_its_log(catalogue: Mapping[str, int]) -> list[str]:
+    if not catalogue["cold"] or catalogue["cold_met_later"] < catalogue["cold"]:
+        return []
+    return [
+        f"note: each of the {catalogue['cold']} items without a training event has a later one, as where a "
+        "catalogue is made of its log: figures of such items are not those of a shop's new ones"
+    ]
 
 
 def _cell(figures: dict[str, Any]) -> str:
