@@ -217,6 +217,9 @@ class TrainConfig(Settings):
     )
     full_softmax_below: int = Field(50_000, ge=1, description="above this many items negatives are sampled")
     fusion_epochs: int = Field(6, ge=0)
+    fusion_steps: int = Field(
+        1800, ge=0, description="of the fusion at least: where lists are few, an epoch goes through them several times"
+    )
     fusion_batch_size: int = Field(48, ge=1, description="lists a step and worker")
     fusion_holdout: float = Field(0.5, gt=0, lt=1, description="share of users whose last events teach the fusion")
     refit_epochs: int = Field(1, ge=0, description="of the first stage at last, with what was withheld; 0 is off")
@@ -273,7 +276,7 @@ class Config(Settings):
 
 BEFORE_IT_WAS_A_SETTING: dict[str, dict[str, Any]] = {
     "model": {"use_moment": False, "cold_dropout": 0.0},
-    "train": {"cnn_lr": 1.0},
+    "train": {"cnn_lr": 1.0, "fusion_steps": 0},
 }
 """What settings meant that were saved before there was one, where its default is another."""
 

@@ -208,6 +208,18 @@ def test_kept_batches_are_made_once_and_come_in_another_order(made: tuple[KeptBa
     assert counts == [len(first)]
 
 
+def test_an_epoch_of_several_passes_goes_through_what_was_made_once(made: tuple[KeptBatches, list[int]]) -> None:
+    once, counts = made
+    batches = KeptBatches(once.make, passes=3)
+    first, second = order(batches, 0), order(batches, 1)
+    n = counts[0]
+    assert len(first) == len(second) == 3 * n
+    assert counts == [n]
+    passes = [first[start : start + n] for start in range(0, 3 * n, n)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+    assert len({*map(tuple, passes)}) == 3
+
+
 def test_batches_that_do_not_fit_are_made_anew(
     made: tuple[KeptBatches, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,8 +167,8 @@ def test_a_resumed_training_ends_with_the_same_weights(
     equal(folder, tmp_path / "second")
 
 
-MIDWAY = ("train.fusion_epochs=3", "train.epochs=2", "train.refit_epochs=1", "train.image_budget=6",
-          "train.image_refresh=3", "train.negatives=8", "model.event_dropout=0.1")  # fmt: skip
+MIDWAY = ("train.fusion_epochs=3", "train.fusion_steps=20", "train.epochs=2", "train.refit_epochs=1",
+          "train.image_budget=6", "train.image_refresh=3", "train.negatives=8", "model.event_dropout=0.1")  # fmt: skip
 """All that is drawn, and what lives between steps: negatives, dropout, pictures encoded anew, lists that are kept."""
 
 
@@ -187,6 +187,7 @@ def midway(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("retrieval", 1, 3),
         ("retrieval", 1, 4),
         ("fusion", 0, 2),
+        ("fusion", 1, 6),  # the second time through the lists
         ("fusion", 2, 1),
         ("refit", 0, 2),
     ],
@@ -230,6 +231,20 @@ def test_one_worker_goes_on_where_two_were_in_the_middle_of_an_epoch(
     line, whole = taken.history[place], in_peace.history[place]
     assert line["samples"] == 1000 + whole["samples"]
     assert line["loss"] == pytest.approx(whole["loss"] + 1.0 / whole["steps"], abs=0.2)
+
+
+def test_few_lists_are_gone_through_until_the_fusion_has_its_steps(dataset: Dataset, tmp_path: Path) -> None:
+    short = ("train.epochs=1", "train.fusion_epochs=2", "train.refit_epochs=0", "train.patience=9")
+
+    def fusion(steps: int) -> list[int]:
+        config = tinyshop.tiny(*short, f"train.fusion_steps={steps}")
+        lines = trained(dataset, config, tmp_path / f"{steps}").history
+        return [line["steps"] for line in lines if line["stage"] == "fusion"]
+
+    once, once_again = fusion(0)
+    assert once == once_again
+    assert fusion(2 * once) == [once] * 2
+    assert fusion(2 * once + 1) == [2 * once] * 2
 
 
 def test_the_papers_model_goes_on_within_an_epoch(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ TINY = (
     "model.dropout=0.1",
     "train.epochs=3",
     "train.fusion_epochs=1",
+    "train.fusion_steps=0",
     "train.fusion_holdout=0.3",
     "train.refit_epochs=2",
     "train.batch_size=16",

@@ -6,7 +6,7 @@ In: tables of `windows`. Out: what a model's `forward` takes. It must not know w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pyarrow as pa
@@ -104,27 +104,28 @@ KEPT_BYTES = 1 << 30
 class KeptBatches:
     """Batches whose making is dear and that are the same in every epoch: made in the first, shuffled in the next ones.
 
-    make: an epoch's batches, by its randomness. What does not fit KEPT_BYTES, or was not asked to its end, is made
-    anew each time.
+    make: all batches once, by an epoch's randomness. passes: times that an epoch goes through them. What does not fit
+    KEPT_BYTES, or was not asked to its end, is made anew each time.
     """
 
-    def __init__(self, make: Callable[[np.random.Generator], Iterator[Lists]]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[np.random.Generator], Iterator[Lists]], passes: int = 1) -> None:
+        self.make, self.passes = make, passes
         self.kept: list[Lists] | None = None
 
     def __call__(self, rng: np.random.Generator, skip: int = 0) -> Iterator[Lists]:
         """The epoch's batches, without the first `skip`."""
-        return islice(self._epoch(rng), skip, None)
+        passes = (self._once(rng) for _ in range(self.passes))
+        return islice(chain.from_iterable(passes), skip, None)
 
     def catch_up(self, rng: np.random.Generator) -> None:
         """Be as after the first epoch, whose randomness `rng` was: for a training that goes on in a later one."""
         size_bytes = 0
-        for batch in self._epoch(rng):
+        for batch in self._once(rng):
             size_bytes += batch.nbytes
             if size_bytes >= KEPT_BYTES:
                 return
 
-    def _epoch(self, rng: np.random.Generator) -> Iterator[Lists]:
+    def _once(self, rng: np.random.Generator) -> Iterator[Lists]:
         if self.kept is not None:
             yield from (self.kept[place] for place in rng.permutation(len(self.kept)))
             return

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -81,7 +81,7 @@ class Stage:
     """How a stage is trained.
 
     lr: at its highest. by_validation: its best epoch counts, and it stops where there is none for a while; else the
-    last epoch counts, for what validation does not ask.
+    last epoch counts, for what validation does not ask. passes: times that an epoch goes through the rows.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Stage:
     batch_size: int
     lr: float
     by_validation: bool = True
+    passes: int = 1
 
 
 Batches = Callable[[np.random.Generator, int], Iterator[Any]]
@@ -216,16 +217,27 @@ class Fit:
         retrieval = Stage("retrieval", train.epochs, train.batch_size, train.lr)
         self._stage(retrieval, saved, self._rows_to(windows, retrieval))
         if not (saved and "fusion" in saved["finished"]):
-            fusion = Stage("fusion", train.fusion_epochs, train.fusion_batch_size, train.lr)
+            fusion = self._long_enough(Stage("fusion", train.fusion_epochs, train.fusion_batch_size, train.lr))
             model.vector_ND = vector_ND = model.encode_items()
             made = self._rows_to(ListCollate(self._scorer(vector_ND), device), fusion)
+            kept = KeptBatches(lambda rng: made(rng, 0), fusion.passes)
             # Batches that were not asked for to their end cannot be kept: which they are would depend on when.
-            self._stage(fusion, saved, made if train.max_samples else KeptBatches(lambda rng: made(rng, 0)))
+            self._stage(fusion, saved, made if train.max_samples else kept)
             withheld = self.feed.chunks("fusion", np.random.default_rng(train.seed))
             calibrate(model, self._scorer(vector_ND), withheld, train.seed)  # the refit will know them by heart
             model.vector_ND = None
         refit = Stage("refit", train.refit_epochs, train.batch_size, train.refit_lr, by_validation=False)
         self._stage(refit, saved, self._rows_to(windows, refit))
+
+    def _long_enough(self, fusion: Stage) -> Stage:
+        """The stage, with an epoch's passes so that it has `fusion_steps`: as many steps as a good one takes.
+
+        More epochs instead would end early: a few steps make no better epoch.
+        """
+        train = self.job.config.train
+        if train.max_samples or not fusion.epochs:
+            return fusion
+        return replace(fusion, passes=max(1, -(-train.fusion_steps // (fusion.epochs * self._steps(fusion)))))
 
     def _stage(self, stage: Stage, saved: dict[str, Any] | None, batches: Batches) -> None:
         """Train one stage to its end, and leave its best weights in the model."""
@@ -393,7 +405,7 @@ class Fit:
             samples *= 1 + (train.negatives or PAPER_NEGATIVES)
         if train.max_samples:
             samples = min(samples, -(-train.max_samples // train.workers))
-        return max(1, -(-samples // (stage.batch_size * train.accumulate)))
+        return max(1, -(-samples // (stage.batch_size * train.accumulate))) * stage.passes
 
     def _scorer(self, vector_ND: Tensor, fused: bool = True) -> Scorer:
         return Scorer(
