@@ -30,6 +30,7 @@ from rayrec.training.checkpoints import seal
 from rayrec.training.fit import EndedError, Fit, Job, Stage
 from rayrec.training.local import Alone, LocalFeed, train_alone
 from rayrec.training.survey import survey
+from rayrec.training.tracking import describe
 from rayrec.training.windows import examples
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -112,6 +113,17 @@ def test_the_refit_teaches_what_was_withheld_and_leaves_the_fusion_alone(dataset
     rows = {stage: without.job.rows[stage] for stage in ("retrieval", "fusion")}
     assert refitted.job.rows | rows == refitted.job.rows
     assert refitted.job.rows["refit"] >= rows["retrieval"]
+
+
+def test_a_refit_that_harms_is_not_kept(dataset: Dataset, tmp_path: Path) -> None:
+    without = trained(dataset, tinyshop.tiny("train.refit_epochs=0"), tmp_path / "without")
+    harmed = trained(dataset, tinyshop.tiny("train.refit_epochs=1", "train.refit_lr=0.5"), tmp_path / "with")
+    before, line = harmed.history[-2:]
+    assert line["valid_next_ndcg@10"] < 0.9 * before["valid_next_ndcg@10"]
+    assert not line["kept"]
+    assert describe(line).endswith("not kept")
+    for name, weight in without.model.state_dict().items():
+        assert torch.equal(harmed.model.state_dict()[name], weight), name
 
 
 # ---------------------------------------------------------------- resume

@@ -27,7 +27,7 @@ from rayrec.catalogue import Catalogue
 from rayrec.config import Config, TrainConfig, preset
 from rayrec.history import encode_history
 from rayrec.model.history_tensors import HistoryTensors
-from rayrec.model.recommender import SAMPLED_NEGATIVES, NextItems, Recommender, build
+from rayrec.model.recommender import NextItems, Recommender, build
 from rayrec.progress import step
 from rayrec.schema import ACTION_CODE
 from rayrec.settings import from_dict, with_settings
@@ -37,6 +37,7 @@ from rayrec.training.parts import Parts
 
 OPTIMIZERS: tuple[str, ...] = get_args(TrainConfig.model_fields["id_optimizer"].annotation)
 SHARED = "by rows, shared"
+NEGATIVES = 1024
 CPU = torch.device("cpu")
 
 
@@ -45,7 +46,7 @@ def run(items: int, steps: int, rounds: int, settings: Sequence[str] = (), worke
 
     settings: `path=value` of every model. Raises RuntimeError if a worker fails.
     """
-    base = with_settings(preset("small"), ["model.use_image=false", f"train.negatives={SAMPLED_NEGATIVES}", *settings])
+    base = with_settings(preset("small"), ["model.use_image=false", f"train.negatives={NEGATIVES}", *settings])
     if workers == 1:
         found = time_ways(items, steps, rounds, base, Group(0, 1, CPU))
     else:

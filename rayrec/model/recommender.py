@@ -27,7 +27,7 @@ from rayrec.model.paper import PaperModel
 from rayrec.model.shared_ids import Send, SharedIds
 from rayrec.schema import HEADS
 
-SAMPLED_NEGATIVES = 1024
+SAMPLED_NEGATIVES = 2048
 READS_A_STEP = 2
 """Of the table of ids: what was met or chosen, and what might have been."""
 ROWS_AT_ONCE = 1 << 17

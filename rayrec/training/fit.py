@@ -52,6 +52,9 @@ from rayrec.training.runs import differences
 from rayrec.training.warm_start import warm_start
 from rayrec.training.windows import stages
 
+MAY_LOSE = 0.05
+"""Share of validation's figure that a stage may lose which teaches what validation does not ask."""
+
 LOOK_S = 5.0
 """How often workers ask together whether a machine is about to be taken away."""
 
@@ -81,7 +84,8 @@ class Stage:
     """How a stage is trained.
 
     lr: at its highest. by_validation: its best epoch counts, and it stops where there is none for a while; else the
-    last epoch counts, for what validation does not ask. passes: times that an epoch goes through the rows.
+    last one that loses no more than MAY_LOSE, for what validation does not ask. passes: times that an epoch goes
+    through the rows.
     """
 
     name: str
@@ -262,8 +266,8 @@ class Fit:
             first, so_far = saved["epoch"] + (within is None), Progress(**within) if within else None
             if first:
                 self._catch_up(stage, batches)
-        elif stage.name == "fusion":
-            stopper.better(score(self._validate(stage)))  # the fusion must beat plain retrieval
+        elif stage.name in ("fusion", "refit"):
+            stopper.better(score(self._validate(stage)))  # the fusion must beat plain retrieval, the refit not harm it
         self.model.refresh()
         for epoch in range(first, stage.epochs):
             if stopper.stop and stage.by_validation:
@@ -274,16 +278,18 @@ class Fit:
             given = islice(batches(rng, done), all_ - done if train.max_samples else None)
             if saved and so_far:
                 self._take_up(saved["worker"])
-            kept = partial(self._keep, stage, epoch, learner, stopper, best)
+            keep = partial(self._keep, stage, epoch, learner, stopper, best)
             stats = train_epoch(
                 learner, stage.name, epoch, given, partial(self.peers.step, stage.name, epoch, steps),
-                together=self.peers, so_far=so_far, wishes=self._wishes, heed=kept,
+                together=self.peers, so_far=so_far, wishes=self._wishes, heed=keep,
             )  # fmt: skip
             so_far = None
             metrics = self._validate(stage)
-            if stopper.better(score(metrics)) or not stage.by_validation:
+            least = stopper.best * (1 - MAY_LOSE)
+            kept = stopper.better(score(metrics)) or (not stage.by_validation and score(metrics) >= least)
+            if kept:
                 best = self._weights()
-            self._report(stats, metrics, learner, stopper, best)
+            self._report(stats, metrics if stage.by_validation else {**metrics, "kept": kept}, learner, stopper, best)
         self.model.load_state_dict(best)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -434,7 +440,7 @@ class Fit:
     def _report(
         self,
         stats: EpochStats,
-        metrics: dict[str, float],
+        metrics: dict[str, Any],
         learner: Learner,
         stopper: EarlyStop,
         best: dict[str, Tensor],

@@ -105,4 +105,5 @@ def describe(epoch: dict[str, Any]) -> str:
     return (
         f"  {epoch['stage']} {epoch['epoch'] + 1}: loss {epoch['loss']:.4f}  {scores}  "
         f"{epoch['samples_per_s']:.0f} rows/s, {100 * epoch['wait_share']:.1f}% waiting for data"
+        f"{'' if epoch.get('kept', True) else '; worse on validation: not kept'}"
     )

@@ -179,7 +179,7 @@ class Reporting(Alone):
     def report(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
         """See `fit.Peers`."""
         judged = {name: value for name, value in metrics.items() if name.startswith("valid_")}
-        # The refit learns what validation asks, and "done" is no epoch: neither is a figure of these settings.
+        # The refit may lose some of what the fusion had, or be thrown away, and "done" is no epoch.
         if judged and metrics["stage"] != "refit":
             now = score(judged)
             self.line = {"now": now, "best": max(now, self.line.get("best", now)), "cpu_s": metrics["cpu_s"]}
