@@ -210,12 +210,14 @@ class TrainConfig(Settings):
     id_lr: float = Field(30.0, gt=0, description="times `lr` with which rowwise_adagrad learns")
     loss: Literal["softmax", "bpr_max", "gbce"] = "softmax"
     negatives: int = Field(
-        0, ge=0, description="sampled for a batch; 0: all items or, of many and for other losses, 2048; 4 for paper"
+        0,
+        ge=0,
+        description="sampled for a batch; 0: 4 for paper, all items or, of many and for other losses, 1024 to 2048",
     )
     negative_alpha: float = Field(
         0.5, ge=0, le=1, description="negatives are drawn by popularity to this power (gbce: evenly)"
     )
-    full_softmax_below: int = Field(8_000, ge=1, description="above this many items negatives are sampled")
+    full_softmax_below: int = Field(2_000, ge=1, description="above this many items negatives are sampled")
     fusion_epochs: int = Field(6, ge=0)
     fusion_steps: int = Field(
         600, ge=0, description="of the fusion at least: where lists are few, an epoch goes through them several times"

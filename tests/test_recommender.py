@@ -98,7 +98,7 @@ def test_both_losses_teach(catalogue: Catalogue, sampled: int) -> None:
 
 def test_a_big_catalogue_is_sampled_and_a_small_one_is_not(catalogue: Catalogue) -> None:
     assert make(catalogue).sampled == 0
-    assert make(catalogue, "train.full_softmax_below=39").sampled == 2048
+    assert make(catalogue, "train.full_softmax_below=39").sampled == 1024
     assert make(catalogue, "train.negatives=7").sampled == 7
 
 

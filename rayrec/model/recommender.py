@@ -27,7 +27,8 @@ from rayrec.model.paper import PaperModel
 from rayrec.model.shared_ids import Send, SharedIds
 from rayrec.schema import HEADS
 
-SAMPLED_NEGATIVES = 2048
+SAMPLED_NEGATIVES = (1024, 2048)
+"""Of a batch: a quarter of the items, within these."""
 READS_A_STEP = 2
 """Of the table of ids: what was met or chosen, and what might have been."""
 ROWS_AT_ONCE = 1 << 17
@@ -92,7 +93,7 @@ class Recommender(nn.Module):
             self.item_encoder.id.sparse = train.id_optimizer == "rowwise_adagrad"
         self.sampler = NegativeSampler(n_train_N, 0.0 if train.loss == "gbce" else train.negative_alpha)
         full = train.loss == "softmax" and n_items <= train.full_softmax_below
-        self.sampled = train.negatives or (0 if full else SAMPLED_NEGATIVES)
+        self.sampled = train.negatives or (0 if full else int(np.clip(n_items // 4, *SAMPLED_NEGATIVES)))
         # Set where workers hold different pictures, see `fit.Peers.exchange`.
         self.exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         # The fusion trains on frozen vectors; they are set when the first stage is done.
