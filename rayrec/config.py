@@ -212,19 +212,29 @@ class TrainConfig(Settings):
     negatives: int = Field(
         0,
         ge=0,
-        description="sampled for a batch; 0: 4 for paper, all items or, of many and for other losses, 1024 to 2048",
+        description="sampled for a batch; 0: none but a softmax over all items, a quarter of them (1024 to 2048) where "
+        "they are many or the loss is another, 4 for paper",
     )
     negative_alpha: float = Field(
         0.5, ge=0, le=1, description="negatives are drawn by popularity to this power (gbce: evenly)"
     )
-    full_softmax_below: int = Field(2_000, ge=1, description="above this many items negatives are sampled")
+    full_softmax_below: int = Field(
+        2_000, ge=1, description="above this many items with training events negatives are sampled"
+    )
     fusion_epochs: int = Field(6, ge=0)
     fusion_steps: int = Field(
-        600, ge=0, description="of the fusion at least: where lists are few, an epoch goes through them several times"
+        600,
+        ge=0,
+        description="of the fusion, if no epoch ends it: where lists are few, an epoch goes through them several times",
     )
     fusion_batch_size: int = Field(48, ge=1, description="lists a step and worker")
     fusion_holdout: float = Field(0.5, gt=0, lt=1, description="share of users whose last events teach the fusion")
-    refit_epochs: int = Field(1, ge=0, description="of the first stage at last, with what was withheld; 0 is off")
+    refit_epochs: int = Field(
+        1,
+        ge=0,
+        description="of the first stage at last, with what was withheld; 0 is off. "
+        "One that loses a twentieth of validation's figure is not kept",
+    )
     refit_lr: float = Field(1e-3, gt=0, description="`lr` of these epochs")
     max_samples: int = Field(0, ge=0, description="training samples an epoch; 0 is all")
     accumulate: int = Field(1, ge=1, description="batches of each worker whose gradients make one step")

@@ -26,7 +26,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MARK = "RAYREC_TEST_MARK"
 TINY_PREPARE = ("--set", "images.size=32")
 TINY_TRAIN = (
-    "--epochs", "1", "--set", "train.fusion_epochs=1", "--set", "train.refit_epochs=0", "--set", "train.tracker=[]",
+    "--epochs", "1", "--set", "train.fusion_epochs=1", "--set", "train.fusion_steps=0",
+    "--set", "train.refit_epochs=0", "--set", "train.tracker=[]",
     "--set", "model.width=16", "--set", "model.hidden_width=16", "--set", "model.fusion_width=16",
     "--set", "model.image_size=16",
 )  # fmt: skip

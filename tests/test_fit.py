@@ -126,6 +126,36 @@ def test_a_refit_that_harms_is_not_kept(dataset: Dataset, tmp_path: Path) -> Non
         assert torch.equal(harmed.model.state_dict()[name], weight), name
 
 
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ([0.5, 0.48], [True]),  # within a twentieth
+        ([0.5, 0.47], [False]),
+        ([0.5, float("nan")], [False]),
+        ([0.0, 0.0], [True]),  # nobody was asked
+        ([0.5, 0.6, 0.5], [True, False]),
+        ([0.5, 0.1, 0.49], [False, True]),
+    ],
+)
+def test_a_refit_may_lose_a_little(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], kept: list[bool]
+) -> None:
+    seen: list[Any] = []
+
+    def validate(fit: Fit, stage: Stage) -> dict[str, float]:
+        if stage.name != "refit":
+            return {"valid_next_ndcg@10": 0.3}
+        seen.append(fit.model.state_dict()["item_encoder.id.weight"].clone())
+        return {"valid_next_ndcg@10": scores[len(seen) - 1]}
+
+    monkeypatch.setattr(Fit, "_validate", validate)
+    short = ("train.epochs=1", "train.fusion_epochs=0", f"train.refit_epochs={len(kept)}")
+    fit = trained(dataset, tinyshop.tiny(*short), tmp_path / "out")
+    assert [line["kept"] for line in fit.history if line["stage"] == "refit"] == kept
+    last = max((n for n, one in enumerate(kept, 1) if one), default=0)
+    assert torch.equal(fit.model.state_dict()["item_encoder.id.weight"], seen[last])
+
+
 # ---------------------------------------------------------------- resume
 
 
@@ -199,7 +229,8 @@ def midway(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("retrieval", 1, 3),
         ("retrieval", 1, 4),
         ("fusion", 0, 2),
-        ("fusion", 1, 6),  # the second time through the lists
+        ("fusion", 0, 5),  # the second time through the lists, three batches each time
+        ("fusion", 1, 5),
         ("fusion", 2, 1),
         ("refit", 0, 2),
     ],
@@ -220,7 +251,7 @@ def test_a_training_resumed_within_an_epoch_ends_with_the_same_weights(
     ]
 
 
-@pytest.mark.parametrize(("stage", "epoch", "step"), [("retrieval", 1, 2), ("fusion", 0, 1)])
+@pytest.mark.parametrize(("stage", "epoch", "step"), [("retrieval", 1, 2), ("fusion", 0, 1), ("fusion", 0, 4)])
 def test_one_worker_goes_on_where_two_were_in_the_middle_of_an_epoch(
     dataset: Dataset, tmp_path: Path, stage: str, epoch: int, step: int
 ) -> None:

@@ -11,10 +11,12 @@ import tinyshop
 import torch
 
 from rayrec.catalogue import Catalogue
+from rayrec.config import Config
 from rayrec.history import encode_history
 from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.fusion import Candidates, Fusion
 from rayrec.model.history_tensors import HistoryTensors
+from rayrec.model.negatives import how_many
 from rayrec.model.recommender import Lists, NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE
 
@@ -96,9 +98,17 @@ def test_both_losses_teach(catalogue: Catalogue, sampled: int) -> None:
     assert losses[-1] < losses[0] / 3
 
 
+def test_a_catalogue_is_as_big_as_its_items_with_events(catalogue: Catalogue) -> None:
+    train = Config().train
+    assert [how_many(n, train) for n in (2_000, 2_001, 6_000, 20_000)] == [0, 1024, 1500, 2048]
+    mostly_cold = dataclasses.replace(catalogue, n_train=np.isin(np.arange(len(catalogue) + 1), (1, 2, 3)) * 9)
+    assert make(catalogue, "train.full_softmax_below=3").sampled
+    assert not make(mostly_cold, "train.full_softmax_below=3").sampled
+
+
 def test_a_big_catalogue_is_sampled_and_a_small_one_is_not(catalogue: Catalogue) -> None:
     assert make(catalogue).sampled == 0
-    assert make(catalogue, "train.full_softmax_below=39").sampled == 1024
+    assert make(catalogue, "train.full_softmax_below=35").sampled == 1024
     assert make(catalogue, "train.negatives=7").sampled == 7
 
 

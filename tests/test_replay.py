@@ -242,7 +242,7 @@ def test_a_catalogue_that_is_made_of_its_log_is_told(tmp_path: Path, nobody_met:
     ranker = maker(ScoreTable(next=range(3 + nobody_met)))
     result = evaluate(ranker, dataset, max_len=5, parallel=False)
     assert result["catalogue"] == {"cold": 1 + nobody_met, "cold_met_later": 1}
-    told = "each of the 1 items without a training event has a later one" in table_lines(result)[-1]
+    told = "all 1 items without a training event have a later one" in table_lines(result)[-1]
     assert told == (nobody_met == 0)
 
 

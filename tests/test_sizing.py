@@ -26,7 +26,7 @@ def test_by_hand() -> None:
     assert amount["dataset of a day"] == pytest.approx(0.01)
     assert amount["decode all pictures, once"] == pytest.approx(5000 / 3600)
     assert amount["pictures, decoded"] == pytest.approx(0.15)
-    assert amount["arithmetic an event"] == pytest.approx(3 * (8 * 16 * 24 + 16 * 1024) / 1e6)
+    assert amount["arithmetic an event"] == pytest.approx(3 * (8 * 16 * 24 + 16 * 2048) / 1e6)
     assert amount["train a day on CPUs"] == pytest.approx(6000 / 3600)
     assert amount["table of item ids in training"] == pytest.approx(0.128)
     assert amount["the same by rows"] == pytest.approx(0.036)

@@ -206,9 +206,58 @@ def test_which_of_several_sets_is_meant_must_be_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds Beauty\.txt, Toys\.txt; name one"):
         import_source("s3rec", src, tmp_path / "raw")
     assert import_source("s3rec", src / "Beauty.txt", tmp_path / "raw") == {"events": 1, "items": 0}
-    (src / "Toys_item2attributes.json").write_text("[7")
+    (src / "Beauty.txt").unlink()
+    (src / "Toys.txt").unlink()
+    with pytest.raises(DataError, match=r"no \*\.txt; there is: Toys_item2attributes\.json, Toys_sample\.txt"):
+        import_source("s3rec", src, tmp_path / "raw2")
+
+
+@pytest.mark.parametrize("damaged", ["[7", "[7]", "null", '{"7": 3}', '{"7": "ab"}'])
+def test_damaged_attributes_are_told(tmp_path: Path, damaged: str) -> None:
+    src = download(tmp_path / "src", "s3rec")
+    (src / "Toys_item2attributes.json").write_text(damaged)
     with pytest.raises(DataError, match="not a JSON object of items"):
-        import_source("s3rec", src / "Toys.txt", tmp_path / "raw2")
+        import_source("s3rec", src / "Toys.txt", tmp_path / "raw")
+
+
+def test_a_sequence_goes_on_in_a_later_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeff1 5\n2 5\n1 6\n", encoding="utf-8")
+    import_source("s3rec", tmp_path / "a.txt", tmp_path / "raw")
+    rows = read(tmp_path / "raw/events/part-00000.csv")
+    assert rows == [("1", "5", "0", "view"), ("2", "5", "0", "view"), ("1", "6", "1", "view")]
+
+
+@pytest.mark.parametrize(
+    ("cell", "category"),
+    [("Drama War", "Drama|War"), ("'Hair Care', 'Beauty'", "Hair Care|Beauty"), ("Action, Sci Fi", "Action|Sci Fi"),
+     ("'Beauty'", "Beauty"), ("", "")],
+)  # fmt: skip
+def test_categories_of_atomic_files_by_commas_or_by_spaces(tmp_path: Path, cell: str, category: str) -> None:
+    (tmp_path / "a.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\t5\t1\n\n")
+    (tmp_path / "a.item").write_text(f'item_id:token\ttitle:token\tgenre:token_seq\n5\t"7"" comb"\t{cell}\n')
+    assert import_source("recbole", tmp_path, tmp_path / "out") == {"events": 1, "items": 1}
+    assert read(tmp_path / "out/items.csv") == [("5", category, "", "", '7" comb', "")]
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "told"),
+    [
+        ("user_id:token\tx:token\tx:token\titem_id:token", "u\t1\t2\t5", "two columns of one name"),
+        ("user_id:token\titem_id:token\ttimestamp:float", "u" * 200_000 + "\t5\t1", "cannot be read as a table"),
+    ],
+)
+def test_atomic_files_that_cannot_be_read(tmp_path: Path, header: str, row: str, told: str) -> None:
+    (tmp_path / "a.inter").write_text(f"{header}\n{row}\n")
+    with pytest.raises(DataError, match=told):
+        import_source("recbole", tmp_path, tmp_path / "out")
+
+
+def test_columns_that_are_passed_over_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.inter").write_text(
+        "user_id:token\titem_id:token\ttimestamp:float\tbehavior_type:token\nu\t5\t1\tbuy\n"
+    )
+    import_source("recbole", tmp_path, tmp_path / "out")
+    assert "passed over the columns behavior_type" in capsys.readouterr().err
 
 
 def test_mistakes_are_explained(tmp_path: Path) -> None:

@@ -247,7 +247,8 @@ class Pair(Group, Alone):
             super()._put(save)
 
 shop = Dataset.open(str(folder / "dataset"))
-config = tinyshop.tiny("train.workers=2", "train.epochs=1", "train.refit_epochs=1", *sys.argv[4:])
+short = ("train.epochs=1", "train.refit_epochs=1", "train.fusion_steps=20")  # the fusion goes through its lists again
+config = tinyshop.tiny("train.workers=2", *short, *sys.argv[4:])
 facts = survey(shop, tinyshop.N_ITEMS, config)
 fit = Fit(Job(config, shop.path, facts.first_stage, facts.rows), Uneven(shop, config), Pair())
 fit.run()

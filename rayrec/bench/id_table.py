@@ -2,7 +2,7 @@
 
 In: how many items, steps, rounds, workers, settings. Out: seconds of a step, by the clock and of CPU, and bytes of the
 table, its gradient and its optimiser's state, all of one worker. Workers are processes as `torchrun` starts them, and
-may share the table. Negatives are sampled, as they are from 50,000 items on. Models and batches are the same.
+may share the table. Negatives are sampled, as they are of many items. Models and batches are the same.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rayrec.training.parts import Parts
 
 OPTIMIZERS: tuple[str, ...] = get_args(TrainConfig.model_fields["id_optimizer"].annotation)
 SHARED = "by rows, shared"
-NEGATIVES = 1024
+NEGATIVES = 1024  # whatever a training of so many items takes: of this bench's kept figures
 CPU = torch.device("cpu")
 
 

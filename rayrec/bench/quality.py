@@ -210,7 +210,9 @@ class Shop:
         cost: Cost = dict(measured([*command, *choices]).figures())
         bundle = Bundle.open(str(scratch))
         cost["curve"] = [
-            (line["cpu_s"], line["valid_metrics_ndcg@10"]) for line in bundle.json("metrics.json")["training"]
+            (line["cpu_s"], line["valid_metrics_ndcg@10"])
+            for line in bundle.json("metrics.json")["training"]
+            if line.get("kept", True)
         ]
         answers, asking = self._ask(load_scorer(bundle), bundle.config.model.max_len)
         return answers, {**cost, **asking}

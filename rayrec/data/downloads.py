@@ -34,8 +34,7 @@ def find(src: Path, *names: str) -> Path:
     for name in names:
         for path in sorted(src.rglob(name)):
             return path
-    there = ", ".join(sorted(path.name for path in src.iterdir())[:20])
-    raise DataError(f"{src}: no {' or '.join(names)}; there is: {there or 'nothing'}")
+    raise _missing(src, *names)
 
 
 def only(src: Path, name: str, but: str = "") -> Path:
@@ -47,9 +46,17 @@ def only(src: Path, name: str, but: str = "") -> Path:
     if src.is_dir():
         found = sorted(path for path in src.rglob(name) if not (but and path.name.endswith(but)))
         if len(found) > 1:
-            raise DataError(f"{src}: holds {', '.join(path.name for path in found[:20])}; name one of these files")
-        return found[0] if found else find(src, name)
+            names = ", ".join(str(path.relative_to(src)) for path in found[:20])
+            raise DataError(f"{src}: holds {names}; name one of these files")
+        if not found:
+            raise _missing(src, name)
+        return found[0]
     return src
+
+
+def _missing(src: Path, *names: str) -> DataError:
+    there = ", ".join(sorted(path.name for path in src.iterdir())[:20])
+    return DataError(f"{src}: no {' or '.join(names)}; there is: {there or 'nothing'}")
 
 
 @contextmanager
@@ -80,18 +87,29 @@ def _chosen(stream: TextIO, name: Path | str, *columns: str) -> Iterator[tuple[s
 def typed_rows(path: Path) -> tuple[dict[str, str], Iterator[list[str]]]:
     """RecBole's tab-separated files: the type of each column by its name, in their order, and the rows.
 
-    Raises DataError where a column of the header has no type (`name:type`).
+    Raises DataError where a column of the header has no type (`name:type`), or two have one name.
     """
     rows = _tabbed(path)
     header = [column.partition(":") for column in next(rows, [])]
     if not header or not all(kind for _, _, kind in header):
         raise DataError(f"{path}: the first line must name columns and their types, as in user_id:token")
-    return {name: kind for name, _, kind in header}, rows
+    kinds = {name: kind for name, _, kind in header}
+    if len(kinds) < len(header):
+        raise DataError(f"{path}: two columns of one name among {', '.join(name for name, _, _ in header)}")
+    return kinds, rows
 
 
 def _tabbed(path: Path) -> Iterator[list[str]]:
     with text(path, "utf-8-sig") as stream:
-        yield from csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+        for row in csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
+            if row:
+                yield [_unquoted(cell) for cell in row]
+
+
+def _unquoted(cell: str) -> str:
+    """Some of these files were written with quotes and some without; a lone quote is part of a title."""
+    whole = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"') if whole else cell
 
 
 def csv_shards(src: Path, *columns: str) -> Iterator[tuple[str, Iterator[tuple[str, ...]]]]:

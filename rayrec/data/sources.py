@@ -24,7 +24,7 @@ import yaml
 from rayrec.data.downloads import csv_rows, csv_shards, find, json_lines, only, text, typed_rows
 from rayrec.data.raw import SETTINGS_FILE
 from rayrec.errors import DataError, ResourceError, UsageError
-from rayrec.progress import Task
+from rayrec.progress import Task, step
 
 SHARD_ROWS = 1_000_000
 ITEM_COLUMNS = ("item_id", "category", "brand", "price", "title", "image")
@@ -117,6 +117,8 @@ def import_source(name: str, src: str | Path, dst: str | Path) -> dict[str, int]
             shop.close()
             task.update(shop.n_events)
         part.replace(dst)
+    except csv.Error as error:
+        raise DataError(f"{src}: cannot be read as a table ({error})") from None
     except (EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{src}: a damaged archive ({error}); fetch it again") from None
     except OSError as error:
@@ -247,12 +249,17 @@ def _amazon_reviews(src: Path, shop: Shop) -> None:
 
 
 def _recbole(src: Path, shop: Shop) -> None:
-    """Atomic files: what was done in NAME.inter, what is known of items in NAME.item, if there is one."""
+    """Atomic files: what was done in NAME.inter, what is known of items in NAME.item, if there is one.
+
+    A row is a rating where there is a column of that name, else a view; columns of other names are passed over.
+    """
     path = only(src, "*.inter")
     kinds, rows = typed_rows(path)
     needed = ("user_id", "item_id", "timestamp")
     if missing := [name for name in needed if name not in kinds]:
         raise DataError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(kinds)}")
+    if others := [name for name in kinds if name not in (*needed, "rating")]:
+        step(f"{path.name}: passed over the columns {', '.join(others)}")
     place = {name: at for at, name in enumerate(kinds)}
 
     def events() -> Iterator[Row]:
@@ -268,7 +275,7 @@ def _recbole(src: Path, shop: Shop) -> None:
 
 
 RECBOLE_NAMES = {
-    "title": ("title", "movie_title", "item_name", "name"),
+    "title": ("title", "movie_title", "movie_name", "item_name", "name"),
     "category": ("categories", "category", "class", "genres", "genre"),
     "brand": ("brand",),
     "price": ("price",),
@@ -284,9 +291,14 @@ def _recbole_items(path: Path, shop: Shop) -> None:
     for row in rows:
         cells = dict(zip(kinds, row, strict=False))
         fields = {ours: cells.get(name, "") for ours, name in column.items() if name}
-        if kinds.get(column["category"] or "") == "token_seq":  # its parts are separated by spaces
-            fields["category"] = "|".join(fields["category"].split())
+        if kinds.get(column["category"] or "") == "token_seq":
+            fields["category"] = "|".join(_parts(fields["category"]))
         shop.item(cells.get("item_id", ""), **fields)
+
+
+def _parts(cell: str) -> list[str]:
+    """The parts of a token_seq: by commas where there are any, quoted or not, as some sets have it; else by spaces."""
+    return [part.strip("'\"") for part in cell.split(", ")] if ", " in cell else cell.strip("'\"").split()
 
 
 def _s3rec(src: Path, shop: Shop) -> None:
@@ -294,20 +306,30 @@ def _s3rec(src: Path, shop: Shop) -> None:
     path = only(src, "*.txt", but="_sample.txt")
 
     def events() -> Iterator[Row]:
-        with text(path) as stream:
+        n_of_user: Counter[str] = Counter()
+        with text(path, "utf-8-sig") as stream:
             for line in stream:
                 user, *items = line.split() or [""]
-                yield from ([user, item, str(place), "view"] for place, item in enumerate(items))
+                for item in items:
+                    yield [user, item, str(n_of_user[user]), "view"]
+                    n_of_user[user] += 1
 
     shop.events(("user_id", "item_id", "timestamp", "action"), events())
     attributes = path.with_name(f"{path.stem}_item2attributes.json")
     if attributes.exists():
-        try:
-            of_item = dict(json.loads(attributes.read_bytes()))
-        except ValueError:
-            raise DataError(f"{attributes}: not a JSON object of items and their attributes") from None
-        for item, codes in of_item.items():
+        for item, codes in _lists(attributes).items():
             shop.item(item, category="|".join(map(str, codes)))
+
+
+def _lists(path: Path) -> dict[str, list[Any]]:
+    """A JSON object of lists. Raises DataError."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(one, list) for one in value.values()):
+        raise DataError(f"{path}: not a JSON object of items and lists of their attributes")
+    return value
 
 
 SOURCES: dict[str, Source] = {

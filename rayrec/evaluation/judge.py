@@ -64,7 +64,8 @@ def evaluate(
     parallel: spread users over the running Ray cluster; False stays in this process and needs no Ray.
     floors, protocols: what to leave out where speed matters, as in validation during training.
 
-    Returns the JSON body that the README describes; a figure that nothing was measured for is None.
+    Returns the JSON body of `rayrec evaluate --json`, see `summarise` and `cold_counts`; a figure that nothing was
+    measured for is None.
     """
     columns = ["user_id", f"{split}_at", *COLUMNS] if parallel else SEQUENCE_SCHEMA.names
     sequences = dataset.sequences(columns)

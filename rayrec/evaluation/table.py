@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 COLUMNS = {"metrics": "new item", "next": "any item", "cart": "cart", "purchase": "purchase", "cold": "cold item"}
+SEVERAL = 0.01
+"""Share of the items from which those without a training event are worth a word."""
 
 
 def table_lines(result: dict[str, Any], oracles: Mapping[str, dict[str, Any]] | None = None) -> list[str]:
@@ -19,15 +21,15 @@ def table_lines(result: dict[str, Any], oracles: Mapping[str, dict[str, Any]] | 
     for name, body in rows.items():
         cells = [_cell((body or {}).get(protocol, {})) for protocol in COLUMNS]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
-    return lines + _made_of_its_log(result["catalogue"])
+    return lines + _made_of_its_log(result["items"], result["catalogue"])
 
 
-def _made_of_its_log(catalogue: Mapping[str, int]) -> list[str]:
-    if not catalogue["cold"] or catalogue["cold_met_later"] < catalogue["cold"]:
+def _made_of_its_log(n_items: int, catalogue: Mapping[str, int]) -> list[str]:
+    if catalogue["cold"] < SEVERAL * n_items or catalogue["cold_met_later"] < catalogue["cold"]:
         return []
     return [
-        f"note: each of the {catalogue['cold']} items without a training event has a later one, as where a "
-        "catalogue is made of its log: figures of such items are not those of a shop's new ones"
+        f"note: all {catalogue['cold']} items without a training event have a later one, as where a catalogue is made "
+        "of its log: figures of such items are not those of a shop's new ones"
     ]
 
 

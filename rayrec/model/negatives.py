@@ -5,6 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rayrec.config import TrainConfig
+
+FEWEST, MOST = 1024, 2048
+
+
+def how_many(n_warm: int, train: TrainConfig) -> int:
+    """The negatives that a batch shares, of so many items with training events; 0 is a softmax over all of these.
+
+    >>> [how_many(n, TrainConfig()) for n in (2_000, 2_001, 6_000, 20_000)]
+    [0, 1024, 1500, 2048]
+    """
+    if train.negatives:
+        return train.negatives
+    if train.loss == "softmax" and n_warm <= train.full_softmax_below:
+        return 0
+    return min(max(n_warm // 4, FEWEST), MOST)
+
 
 class NegativeSampler:
     """Draws items with probability proportional to count ** alpha, among items with training events."""

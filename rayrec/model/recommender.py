@@ -22,13 +22,11 @@ from rayrec.model.encoders import Fresh, ItemEncoder, ItemTable, PretrainedCNN, 
 from rayrec.model.fusion import Candidates, Fusion, teaches
 from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.losses import bpr_max, full_softmax, gbce, listwise, nothing, sampled_softmax
-from rayrec.model.negatives import NegativeSampler
+from rayrec.model.negatives import NegativeSampler, how_many
 from rayrec.model.paper import PaperModel
 from rayrec.model.shared_ids import Send, SharedIds
 from rayrec.schema import HEADS
 
-SAMPLED_NEGATIVES = (1024, 2048)
-"""Of a batch: a quarter of the items, within these."""
 READS_A_STEP = 2
 """Of the table of ids: what was met or chosen, and what might have been."""
 ROWS_AT_ONCE = 1 << 17
@@ -92,8 +90,7 @@ class Recommender(nn.Module):
         if self.item_encoder.id is not None:
             self.item_encoder.id.sparse = train.id_optimizer == "rowwise_adagrad"
         self.sampler = NegativeSampler(n_train_N, 0.0 if train.loss == "gbce" else train.negative_alpha)
-        full = train.loss == "softmax" and n_items <= train.full_softmax_below
-        self.sampled = train.negatives or (0 if full else int(np.clip(n_items // 4, *SAMPLED_NEGATIVES)))
+        self.sampled = how_many(int((n_train_N > 0).sum()), train)
         # Set where workers hold different pictures, see `fit.Peers.exchange`.
         self.exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         # The fusion trains on frozen vectors; they are set when the first stage is done.

@@ -53,7 +53,8 @@ from rayrec.training.warm_start import warm_start
 from rayrec.training.windows import stages
 
 MAY_LOSE = 0.05
-"""Share of validation's figure that a stage may lose which teaches what validation does not ask."""
+"""Share of the best validation so far, the one before it included, that an epoch may lose which teaches what validation
+does not ask."""
 
 LOOK_S = 5.0
 """How often workers ask together whether a machine is about to be taken away."""
@@ -84,8 +85,8 @@ class Stage:
     """How a stage is trained.
 
     lr: at its highest. by_validation: its best epoch counts, and it stops where there is none for a while; else the
-    last one that loses no more than MAY_LOSE, for what validation does not ask. passes: times that an epoch goes
-    through the rows.
+    last one that loses no more than MAY_LOSE, if any, for what validation does not ask. passes: times that an epoch
+    goes through the rows.
     """
 
     name: str
@@ -166,7 +167,8 @@ class Whole(NamedTuple):
 class Fit:
     """One worker's training. `history` holds a line for each epoch of every stage.
 
-    A line's "cpu_s" counts from the start of the training, of the worker that reports it.
+    A line's "cpu_s" counts from the start of the training, of the worker that reports it; "kept", of a refit alone, is
+    whether its weights were.
     """
 
     job: Job

@@ -92,8 +92,8 @@ def model_card(config: Config, dataset: Dataset, catalogue: Catalogue, history: 
     """What the model is, what it learned from and how well it did in validation, in Markdown."""
     counts = dataset.manifest.get("counts", {})
     rows = "\n".join(
-        f"| {line['stage']} | {line['epoch'] + 1} | {line['loss']:.4f} | "
-        f"{line['valid_metrics_ndcg@10']:.4f} | {line['valid_next_ndcg@10']:.4f} |"
+        f"| {line['stage']}{'' if line.get('kept', True) else ' (not kept)'} | {line['epoch'] + 1} | "
+        f"{line['loss']:.4f} | {line['valid_metrics_ndcg@10']:.4f} | {line['valid_next_ndcg@10']:.4f} |"
         for line in history
     )
     facts = "\n".join(f"- {name}: {value}" for name, value in counts.items())
