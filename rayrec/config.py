@@ -219,7 +219,7 @@ class TrainConfig(Settings):
         0.5, ge=0, le=1, description="negatives are drawn by popularity to this power (gbce: evenly)"
     )
     full_softmax_below: int = Field(
-        2_000, ge=1, description="above this many items with training events negatives are sampled"
+        5_000, ge=1, description="above this many items with training events negatives are sampled"
     )
     fusion_epochs: int = Field(6, ge=0)
     fusion_steps: int = Field(

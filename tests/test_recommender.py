@@ -11,7 +11,7 @@ import tinyshop
 import torch
 
 from rayrec.catalogue import Catalogue
-from rayrec.config import Config
+from rayrec.config import Config, TrainConfig
 from rayrec.history import encode_history
 from rayrec.model.candidates import FOLLOW_FEATURES
 from rayrec.model.fusion import Candidates, Fusion
@@ -100,7 +100,8 @@ def test_both_losses_teach(catalogue: Catalogue, sampled: int) -> None:
 
 def test_a_catalogue_is_as_big_as_its_items_with_events(catalogue: Catalogue) -> None:
     train = Config().train
-    assert [how_many(n, train) for n in (2_000, 2_001, 6_000, 20_000)] == [0, 1024, 1500, 2048]
+    assert [how_many(n, train) for n in (5_000, 5_001, 6_000, 20_000)] == [0, 1250, 1500, 2048]
+    assert how_many(100, TrainConfig(loss="gbce")) == 1024
     mostly_cold = dataclasses.replace(catalogue, n_train=np.isin(np.arange(len(catalogue) + 1), (1, 2, 3)) * 9)
     assert make(catalogue, "train.full_softmax_below=3").sampled
     assert not make(mostly_cold, "train.full_softmax_below=3").sampled

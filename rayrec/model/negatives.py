@@ -13,8 +13,8 @@ FEWEST, MOST = 1024, 2048
 def how_many(n_warm: int, train: TrainConfig) -> int:
     """The negatives that a batch shares, of so many items with training events; 0 is a softmax over all of these.
 
-    >>> [how_many(n, TrainConfig()) for n in (2_000, 2_001, 6_000, 20_000)]
-    [0, 1024, 1500, 2048]
+    >>> [how_many(n, TrainConfig()) for n in (5_000, 5_001, 20_000)]
+    [0, 1250, 2048]
     """
     if train.negatives:
         return train.negatives
