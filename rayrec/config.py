@@ -212,14 +212,14 @@ class TrainConfig(Settings):
     negatives: int = Field(
         0,
         ge=0,
-        description="sampled for a batch; 0: none but a softmax over all items, a quarter of them (1024 to 2048) where "
-        "they are many or the loss is another, 4 for paper",
+        description="sampled for a batch; 0: none but a softmax over all items; of many, or for other losses, 2048; "
+        "4 for paper",
     )
     negative_alpha: float = Field(
         0.5, ge=0, le=1, description="negatives are drawn by popularity to this power (gbce: evenly)"
     )
     full_softmax_below: int = Field(
-        5_000, ge=1, description="above this many items with training events negatives are sampled"
+        15_000, ge=1, description="above this many items with training events negatives are sampled"
     )
     fusion_epochs: int = Field(6, ge=0)
     fusion_steps: int = Field(

@@ -100,8 +100,8 @@ def test_both_losses_teach(catalogue: Catalogue, sampled: int) -> None:
 
 def test_a_catalogue_is_as_big_as_its_items_with_events(catalogue: Catalogue) -> None:
     train = Config().train
-    assert [how_many(n, train) for n in (5_000, 5_001, 6_000, 20_000)] == [0, 1250, 1500, 2048]
-    assert how_many(100, TrainConfig(loss="gbce")) == 1024
+    assert [how_many(n, train) for n in (15_000, 15_001)] == [0, 2048]
+    assert how_many(100, TrainConfig(loss="gbce")) == 2048
     mostly_cold = dataclasses.replace(catalogue, n_train=np.isin(np.arange(len(catalogue) + 1), (1, 2, 3)) * 9)
     assert make(catalogue, "train.full_softmax_below=3").sampled
     assert not make(mostly_cold, "train.full_softmax_below=3").sampled
@@ -109,7 +109,7 @@ def test_a_catalogue_is_as_big_as_its_items_with_events(catalogue: Catalogue) ->
 
 def test_a_big_catalogue_is_sampled_and_a_small_one_is_not(catalogue: Catalogue) -> None:
     assert make(catalogue).sampled == 0
-    assert make(catalogue, "train.full_softmax_below=35").sampled == 1024
+    assert make(catalogue, "train.full_softmax_below=35").sampled == 2048
     assert make(catalogue, "train.negatives=7").sampled == 7
 
 

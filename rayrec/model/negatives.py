@@ -7,20 +7,18 @@ from torch import Tensor
 
 from rayrec.config import TrainConfig
 
-FEWEST, MOST = 1024, 2048
+SAMPLED = 2048
 
 
 def how_many(n_warm: int, train: TrainConfig) -> int:
     """The negatives that a batch shares, of so many items with training events; 0 is a softmax over all of these.
 
-    >>> [how_many(n, TrainConfig()) for n in (5_000, 5_001, 20_000)]
-    [0, 1250, 2048]
+    >>> [how_many(n, TrainConfig()) for n in (15_000, 15_001)]
+    [0, 2048]
     """
     if train.negatives:
         return train.negatives
-    if train.loss == "softmax" and n_warm <= train.full_softmax_below:
-        return 0
-    return min(max(n_warm // 4, FEWEST), MOST)
+    return 0 if train.loss == "softmax" and n_warm <= train.full_softmax_below else SAMPLED
 
 
 class NegativeSampler:
