@@ -163,6 +163,7 @@ except EndedError as ended:
     torch.distributed.barrier()
     Fit(job, Half(shop, config), Pair("again"), resume=folder / "cut").run()
     print(f'"{ended}"')
+torch.distributed.destroy_process_group()
 """
 
 

@@ -175,6 +175,7 @@ group, line = Group(rank, 3, torch.device("cpu")), Line()
 learner = Learner(group.wrap(line), list(line.parameters()), tinyshop.tiny("train.workers=4").train, 6, group.device)
 stats = train_epoch(learner, "retrieval", 0, lines()[rank::3], together=group)
 print(json.dumps([stats.steps, stats.loss, *(p.item() for p in line.parameters())]))
+torch.distributed.destroy_process_group()
 """
 
 
@@ -210,7 +211,9 @@ def said_by(code: str, world: int, *words: object) -> list[Any]:
         for rank in range(world)
     ]  # fmt: skip
     try:
-        return [json.loads(one.communicate(timeout=180)[0].splitlines()[-1]) for one in started]
+        said = [one.communicate(timeout=180)[0] for one in started]
+        assert [one.returncode for one in started] == [0] * world
+        return [json.loads(lines.splitlines()[-1]) for lines in said]
     finally:
         for one in started:
             one.kill()
@@ -259,6 +262,7 @@ print(json.dumps([
     lines, sum(float(p.detach().double().sum()) for p in fit.model.parameters() if p is not shared),
     torch.nonzero(fit.model.items.image_row_N >= 0).squeeze(1).tolist(), encoder.image_ND.double().sum(1).tolist(),
 ]))
+torch.distributed.destroy_process_group()
 """
 
 
