@@ -297,8 +297,9 @@ def _recbole_items(path: Path, shop: Shop) -> None:
 
 
 def _parts(cell: str) -> list[str]:
-    """The parts of a token_seq: by commas where there are any, quoted or not, as some sets have it; else by spaces."""
-    return [part.strip("'\"") for part in cell.split(", ")] if ", " in cell else cell.strip("'\"").split()
+    """The parts of a token_seq: by commas where there are any or parts are quoted, as in some sets; else by spaces."""
+    has_commas = ", " in cell or cell.startswith(("'", '"'))
+    return [part.strip("'\"") for part in cell.split(", ")] if has_commas else cell.split()
 
 
 def _s3rec(src: Path, shop: Shop) -> None:
