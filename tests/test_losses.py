@@ -53,6 +53,27 @@ def test_sampled_softmax_by_hand() -> None:
     assert math.isclose(float(loss), math.log(sum(map(math.exp, [right, *wrong]))) - right, rel_tol=1e-6)
 
 
+def test_sampled_softmax_has_the_gradient_of_its_formula() -> None:
+    """As torch's own functions have it, also for a target that is all there was to draw."""
+    generator = torch.Generator().manual_seed(0)
+    user_PD, item_ND = (torch.randn(n, 3, generator=generator, requires_grad=True) for n in (5, 7))
+    log_q_N = torch.randn(7, generator=generator)
+    for negative_M in (torch.tensor([0, 3, 3, 6, 2]), torch.tensor([3, 3])):
+        target_P = torch.tensor([0, 6, 3, 3, 1])
+        vectors = (30 * user_PD, item_ND[target_P], item_ND[negative_M])
+        sampled_softmax(*vectors, target_P, negative_M, log_q_N).backward()
+        found = [user_PD.grad, item_ND.grad]
+        user_PD.grad = item_ND.grad = None
+        other_PM = 30 * user_PD @ item_ND[negative_M].T - log_q_N[negative_M] - math.log(len(negative_M))
+        other_PM = other_PM.masked_fill(target_P[:, None] == negative_M, float("-inf"))
+        positive_P1 = (30 * user_PD * item_ND[target_P]).sum(1, keepdim=True)
+        score_P1M = torch.cat([positive_P1, other_PM], 1)
+        torch.nn.functional.cross_entropy(score_P1M, torch.zeros(5, dtype=torch.int64)).backward()
+        for grad, right in zip(found, [user_PD.grad, item_ND.grad], strict=True):
+            torch.testing.assert_close(grad, right)
+        user_PD.grad = item_ND.grad = None
+
+
 def test_a_negative_that_is_the_target_does_not_count() -> None:
     log_q_N = torch.zeros(3)
     given = (torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.tensor([[2.0], [2.0]]))
