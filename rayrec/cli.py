@@ -154,7 +154,9 @@ def train(
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same result.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that did not finish.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training that did not finish, if there is one.")
+    ] = False,
     from_: Annotated[str | None, typer.Option("--from", metavar="BUNDLE", help="Start from its weights.")] = None,
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Do not make the bundle the live one.")] = False,
     config_: TrainFile = None,

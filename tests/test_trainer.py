@@ -21,6 +21,7 @@ from rayrec.errors import DataError, ResourceError, UsageError
 from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.serving.scorer import load_scorer
 from rayrec.training import trainer
+from rayrec.training.runs import Runs
 from rayrec.training.trainer import ALLOCATOR, train, worker_resources
 from rayrec.training.windows import next_item_windows
 
@@ -160,12 +161,9 @@ def test_every_epoch_is_in_the_bundle_and_in_tensorboard(alone: Bundle, bundles:
     assert all(b"retrieval/loss" in log.read_bytes() for log in logs)
 
 
-def test_a_finished_run_leaves_no_checkpoints_and_nothing_to_resume(
-    alone: Bundle, bundles: Path, dataset: Dataset
-) -> None:
+def test_a_finished_run_leaves_no_checkpoints_and_nothing_to_resume(alone: Bundle, bundles: Path) -> None:
     assert list((bundles / ".runs").iterdir()) == []
-    with pytest.raises(UsageError, match="no training to resume"):
-        train(dataset.path, str(bundles), SETTINGS, resume=True)
+    assert Runs(str(bundles)).unfinished(SETTINGS) is None
 
 
 # ---------------------------------------------------------------- two workers

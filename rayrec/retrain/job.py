@@ -181,10 +181,10 @@ def _trained(places: Places, current: Bundle, config: Config, wait_s: float) -> 
 def _can_resume(places: Places, current: Bundle, config: Config) -> bool:
     runs = Runs(places.bundles)
     try:
-        runs.unfinished(config, Dataset.open(places.dataset).fingerprint())
+        unfinished = runs.unfinished(config, Dataset.open(places.dataset).fingerprint())
     except UsageError:
         return False
-    return (runs.parent() or {}).get("version") == current.version
+    return unfinished is not None and (runs.parent() or {}).get("version") == current.version
 
 
 def _noted(candidate: Bundle, judged: dict[str, Any]) -> Bundle:

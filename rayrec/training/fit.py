@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rayrec.bundle import Bundle
 from rayrec.catalogue import Catalogue
-from rayrec.config import Config, TrainConfig
+from rayrec.config import Config
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DataError, UsageError
 from rayrec.evaluation import ReplaySettings, replay, summarise
@@ -49,6 +49,7 @@ from rayrec.training.held_images import held_images
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, dealt, train_epoch
 from rayrec.training.parts import Parts, Sharing
 from rayrec.training.runs import differences
+from rayrec.training.validation import judged_visitors, score
 from rayrec.training.warm_start import warm_start
 from rayrec.training.windows import stages
 
@@ -202,7 +203,7 @@ class Fit:
         self.history: list[dict[str, Any]] = []
         self.spent_s = -time.process_time()  # CPU seconds of the training, of this process and those that it resumes
         self.saved_at = self.looked_at = time.monotonic()
-        self.judged = _sample(self.dataset, config.train, self.job.shards) if self.peers.rank == 0 else None
+        self.judged = judged_visitors(self.dataset, config.train, self.job.shards) if self.peers.rank == 0 else None
 
     def run(self) -> None:
         """Run every stage that is not done yet, then hand over the finished model."""
@@ -549,16 +550,3 @@ def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _before(stage: str, config: Config) -> list[str]:
     order = stages(config)
     return list(order[: order.index(stage)])
-
-
-def score(metrics: dict[str, float]) -> float:
-    """What decides which epoch is best: the mean NDCG@10 of the protocols, new items and all items."""
-    return sum(metrics.values()) / len(metrics)
-
-
-def _sample(dataset: Dataset, train: TrainConfig, shards: Sequence[str]) -> pa.Table:
-    """Sequences of a seeded sample of the visitors that have a validation target."""
-    sequences = dataset.sequences(shards=shards)
-    tested = np.nonzero(np.asarray(sequences["valid_at"]) >= 0)[0]
-    chosen = np.random.default_rng(train.seed).permutation(tested)[: train.valid_users]
-    return sequences.take(pa.array(np.sort(chosen)))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.feather
 import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,13 +20,15 @@ from safetensors.torch import load_file
 from rayrec.bundle import Bundle, BundleWriter, publish, versions
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
-from rayrec.data.dataset import Dataset, Images
+from rayrec.data.dataset import Dataset
 from rayrec.data.images import JPEG_QUALITY
 from rayrec.errors import writing
 from rayrec.followers import Followers
 from rayrec.progress import Task
 from rayrec.training.lineage import LINEAGE, lineage
 from rayrec.training.tracking import draw_curves
+
+THUMBNAILS = pa.schema([("item_index", pa.int32()), ("jpeg", pa.binary())])
 
 
 def write_bundle(
@@ -57,7 +58,7 @@ def write_bundle(
         for name in ("categories", "brands", "encoder"):
             writer.json(f"vocab/{name}.json", dataset.vocab(name))
         writer.json("vocab/images.json", dataset.manifest["config"]["images"])
-        pa.feather.write_feather(thumbnails(dataset.images()), writer.file("images/thumbnails.arrow"), "uncompressed")
+        write_thumbnails(dataset, writer.file("images/thumbnails.arrow"))
         writer.json(LINEAGE, origin or lineage(dataset, None))
         writer.json("metrics.json", {"training": history})
         draw_curves(history, writer.file("curves.png"))
@@ -76,16 +77,18 @@ def new_version(bundles: str) -> str:
     return next(name for n in range(1000) if (name := stamp if not n else f"{stamp}-{n:03d}") not in taken)
 
 
-def thumbnails(images: Images) -> pa.Table:
-    """The pictures as JPEG, for the storefront. item_index int32, jpeg binary."""
-    encoded = []
-    with Task("bundle (pictures)", len(images.item_M)) as task:
-        for pixels_HWC in images.pixels_MHWC:
-            stream = io.BytesIO()
-            Image.fromarray(pixels_HWC).save(stream, "JPEG", quality=JPEG_QUALITY)
-            encoded.append(stream.getvalue())
-            task.advance()
-    return pa.table({"item_index": pa.array(images.item_M, pa.int32()), "jpeg": pa.array(encoded, pa.binary())})
+def write_thumbnails(dataset: Dataset, path: Path) -> None:
+    """The pictures as JPEG, for the storefront: an Arrow file of THUMBNAILS. Memory holds a shard at a time."""
+    n = int(dataset.manifest.get("counts", {}).get("images", 0))
+    with pa.ipc.new_file(path, THUMBNAILS) as file, Task("bundle (pictures)", n or None) as task:
+        for images in dataset.image_shards():
+            encoded = []
+            for pixels_HWC in images.pixels_MHWC:
+                stream = io.BytesIO()
+                Image.fromarray(pixels_HWC).save(stream, "JPEG", quality=JPEG_QUALITY)
+                encoded.append(stream.getvalue())
+                task.advance()
+            file.write(pa.record_batch([images.item_M.astype(np.int32), encoded], schema=THUMBNAILS))
 
 
 def model_card(config: Config, dataset: Dataset, catalogue: Catalogue, history: list[dict[str, Any]]) -> str:

@@ -55,15 +55,15 @@ class Runs:
         self._write({"run": run, "config": config.model_dump(mode="json"), "dataset": dataset, "parent": parent})
         return run
 
-    def unfinished(self, config: Config, dataset: str = "") -> str:
-        """The run that was not finished.
+    def unfinished(self, config: Config, dataset: str = "") -> str | None:
+        """The run that was not finished, if there is one.
 
-        Raises UsageError if there is none, or if it had other settings, or another dataset.
+        Raises UsageError if it had other settings, or another dataset.
         """
         try:
             saved = self._read()
         except (FileNotFoundError, ValueError):
-            raise UsageError(f"{self.bundles}: no training to resume; start one without --resume") from None
+            return None
         if others := differences(saved["config"], config):
             raise UsageError(
                 f"{self.bundles}: the training to resume ({saved['run']}) had other settings: {'; '.join(others)}; "

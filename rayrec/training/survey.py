@@ -5,7 +5,7 @@ In: a dataset and settings. Out: what a `Job` needs. It must not know models or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -38,24 +38,26 @@ class Survey:
     shards: tuple[str, ...]
 
 
-def read_shards(dataset: Dataset, skip: bool = False) -> Iterator[tuple[str, pa.Table]]:
+def read_shards(
+    dataset: Dataset, skip: bool = False, shards: Sequence[str] = (), columns: list[str] | None = None
+) -> Iterator[tuple[str, pa.Table]]:
     """Each shard of sequences with its path within its file system, in order of the paths.
 
+    shards: the paths of those to read, if not all. columns: likewise.
     Raises DataError that names one which cannot be read, unless such are to be skipped: then it is said.
     """
     fs, root = filesystem(dataset.path)
-    for info in sorted(fs.get_file_info(pafs.FileSelector(f"{root}/sequences")), key=lambda info: info.path):
-        if not info.path.endswith(".parquet"):
-            continue
+    infos = [] if shards else fs.get_file_info(pafs.FileSelector(f"{root}/sequences"))
+    for path in sorted(shards or (info.path for info in infos if info.path.endswith(".parquet"))):
         try:
-            table = pq.read_table(info.path, filesystem=fs, partitioning=None)
+            table = pq.read_table(path, columns=columns, filesystem=fs, partitioning=None)
         except (pa.ArrowException, OSError) as error:
-            what = f"{info.path}: this shard cannot be read ({str(error).splitlines()[0]})"
+            what = f"{path}: this shard cannot be read ({str(error).splitlines()[0]})"
             if not skip:
                 raise DataError(f"{what}; prepare again, or leave it out: --set train.bad_shards=skip") from None
             step(f"train: {what} and is left out")
         else:
-            yield info.path, table
+            yield path, table
 
 
 def survey(dataset: Dataset, n_items: int, config: Config) -> Survey:

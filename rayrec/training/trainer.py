@@ -79,7 +79,8 @@ def train(
 ) -> Bundle:
     """Train the model of `config` on a dataset; write the bundle, and make it the live one if `publish`.
 
-    resume: go on with the last training of this BUNDLES folder that did not finish.
+    resume: go on with the last training of this BUNDLES folder that did not finish, if there is one, so that a job can
+    be submitted again as it was.
     start_from: a bundle whose weights to start from.
     wait_s: how long a cluster that scales up may take to give the workers.
     Raises ResourceError at once if the cluster cannot give `config.train.workers`.
@@ -94,6 +95,8 @@ def train(
     unfinished = runs.unfinished(config, fingerprint) if resume else None
     if unfinished:
         origin["parent"] = runs.parent()
+    elif resume:
+        step(f"train: {bundles} has no training that did not finish: a new one begins")
     connect()
     resources = worker_resources(config, wait_s)
     facts = survey(dataset, len(catalogue), config)

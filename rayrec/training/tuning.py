@@ -29,10 +29,11 @@ from rayrec.progress import Task, step
 from rayrec.settings import with_settings
 from rayrec.training.checkpoints import check
 from rayrec.training.dials import Dial, turns
-from rayrec.training.fit import Fit, Job, score
+from rayrec.training.fit import Fit, Job
 from rayrec.training.local import Alone, LocalFeed
 from rayrec.training.survey import survey
 from rayrec.training.trial_table import Epoch, Trial, draw, table
+from rayrec.training.validation import score
 
 TRIALS = ".trials"
 PLAN = "plan.json"
