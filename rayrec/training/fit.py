@@ -10,26 +10,24 @@ fewer or more workers than before it goes on with as many batches a step; which 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rayrec.bundle import Bundle
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
-from rayrec.errors import DataError, UsageError
+from rayrec.errors import DataError
 from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.followers import Followers
 from rayrec.model.paper import PaperModel
@@ -44,14 +42,12 @@ from rayrec.training.batches import (
     minibatches,
 )
 from rayrec.training.calibrate import calibrate
-from rayrec.training.checkpoints import STATE
 from rayrec.training.held_images import held_images
+from rayrec.training.keeper import Keeper, Place, SoFar
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, dealt, train_epoch
 from rayrec.training.parts import Parts, Sharing
-from rayrec.training.runs import differences
 from rayrec.training.validation import judged_visitors, score
 from rayrec.training.warm_start import warm_start
-from rayrec.training.windows import stages
 
 MAY_LOSE = 0.05
 """Share of the best validation so far, the one before it included, that an epoch may lose which teaches what validation
@@ -156,14 +152,6 @@ class Peers(Sharing, Protocol):
         """
 
 
-class Whole(NamedTuple):
-    """What of a training's weights a checkpoint holds, however they are spread over workers. For the first worker."""
-
-    weights: dict[str, Tensor]
-    best: dict[str, Tensor]
-    learner: dict[str, Any]
-
-
 @dataclass
 class Fit:
     """One worker's training. `history` holds a line for each epoch of every stage.
@@ -200,6 +188,7 @@ class Fit:
         if config.train.id_held == "share" and isinstance(model, Recommender):
             self.parts = Parts(self.peers, model.share_ids(self.peers.rank, self.peers.world, self.peers.send))
         self.model = model.to(self.peers.device)
+        self.keeper = Keeper(config, self.job.dataset, self.job.fingerprint, self.peers, self.parts, self.model)
         self.history: list[dict[str, Any]] = []
         self.spent_s = -time.process_time()  # CPU seconds of the training, of this process and those that it resumes
         self.saved_at = self.looked_at = time.monotonic()
@@ -208,14 +197,19 @@ class Fit:
     def run(self) -> None:
         """Run every stage that is not done yet, then hand over the finished model."""
         train = self.job.config.train
-        saved = self._restore()
+        saved = self.keeper.restore(self.resume) if self.resume else None
+        if saved:
+            self.history = saved["history"]
+            self.spent_s += saved["cpu_s"]
         if isinstance(self.model, PaperModel):
             self._stage(Stage("pairs", train.epochs, train.batch_size, train.lr), saved, self._pairs)
         else:
             self._three_stages(self.model, saved)
         vector_ND = self.model.encode_items().cpu().numpy()
         weights = self.parts.whole(self.model.state_dict())
-        self.peers.report({"stage": "done"}, lambda folder: self._finish(folder, weights, vector_ND))
+        self.peers.report(
+            {"stage": "done"}, lambda folder: self.keeper.save_finished(folder, weights, vector_ND, self._so_far())
+        )
 
     def _three_stages(self, model: Recommender, saved: dict[str, Any] | None) -> None:
         """Retrieval, the fusion over what it returns, and retrieval once more with what was withheld for the fusion."""
@@ -280,7 +274,7 @@ class Fit:
             done, all_ = (self._dealt(n * train.batches_a_step) for n in (so_far.steps if so_far else 0, steps))
             given = islice(batches(rng, done), all_ - done if train.max_samples else None)
             if saved and so_far:
-                self._take_up(saved["worker"])
+                self.keeper.take_up(saved["worker"])
             keep = partial(self._keep, stage, epoch, learner, stopper, best)
             stats = train_epoch(
                 learner, stage.name, epoch, given, partial(self.peers.step, stage.name, epoch, steps),
@@ -341,47 +335,17 @@ class Fit:
             self.looked_at = time.monotonic()
             due = self.peers.warned() or due
         if due or end:
-            whole = self._whole(learner, best)
+            whole = self.keeper.whole(learner, best)
 
             def save(folder: Path) -> None:
                 if self.peers.rank == 0:
-                    self._save(folder, stage.name, epoch, whole, stopper, progress)
-                torch.save(self._worker_state(progress), folder / f"worker-{self.peers.rank}.pt")
+                    self.keeper.save(folder, Place(stage.name, epoch, progress), whole, stopper, self._so_far())
+                self.keeper.save_own(folder, progress)
 
             self.peers.keep({"stage": stage.name, "epoch": epoch, "step": progress.steps}, save)
             self.saved_at = time.monotonic()
         if end:
             raise EndedError(stage.name, epoch, progress.steps)
-
-    def _worker_state(self, progress: Progress) -> dict[str, Any]:
-        """What each worker has of its own in the middle of an epoch."""
-        state = {"cpu": torch.get_rng_state(), "model": self.model.passing(), "progress": asdict(progress)}
-        if self.peers.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.peers.device)
-        return state
-
-    def _take_up(self, state: dict[str, Any]) -> None:
-        if "cpu" in state:
-            torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.peers.device)
-        self.model.take_up(state["model"])
-
-    def _own(self, folder: Path, workers: int) -> dict[str, Any]:
-        """What this worker has of its own, out of a checkpoint of `workers`.
-
-        Of fewer or more workers than there are now it takes what all have alike. The rest of the epoch is then shared
-        out anew: as many batches are passed over as were learned from, but not the very same.
-        """
-        ranks = [self.peers.rank] if workers == self.peers.world else range(workers)
-        states = [torch.load(folder / f"worker-{rank}.pt", map_location="cpu", weights_only=True) for rank in ranks]
-        if workers == self.peers.world:
-            return dict(states[0])
-        steps = states[0]["progress"]["steps"]
-        sums = {name: sum(state["progress"][name] for state in states) for name in states[0]["progress"]}
-        means = {name: total / workers for name, total in sums.items()}
-        shared = {**means, "steps": steps, "samples": sums["samples"] // self.peers.world}
-        return {"model": states[self.peers.rank % workers]["model"], "progress": shared}
 
     # ---------------------------------------------------------------- rows and batches
 
@@ -440,6 +404,9 @@ class Fit:
             found = {f"valid_{protocol}_ndcg@10": body[protocol]["ndcg@10"] or 0.0 for protocol in settings.protocols}
         return self.peers.agree(found)
 
+    def _so_far(self) -> SoFar:
+        return SoFar(self.history, self.spent_s + time.process_time())
+
     def _report(
         self,
         stats: EpochStats,
@@ -456,97 +423,6 @@ class Fit:
             **metrics,
         }
         self.history.append(line)
-        whole = self._whole(learner, best)
-        self.peers.report(line, lambda folder: self._save(folder, stats.stage, stats.epoch, whole, stopper))
+        whole, place = self.keeper.whole(learner, best), Place(stats.stage, stats.epoch)
+        self.peers.report(line, lambda folder: self.keeper.save(folder, place, whole, stopper, self._so_far()))
         self.saved_at = time.monotonic()
-
-    def _whole(self, learner: Learner, best: dict[str, Tensor]) -> Whole:
-        return Whole(
-            self.parts.whole(self.model.state_dict()),
-            self.parts.whole(best),
-            self.parts.whole_learner(learner.state()),
-        )
-
-    def _save(
-        self,
-        folder: Path,
-        stage: str,
-        epoch: int,
-        whole: Whole,
-        stopper: EarlyStop,
-        within: Progress | None = None,
-    ) -> None:
-        """All that a training needs to go on after an epoch, or `within` one; but for what each worker has of its own.
-
-        "at" grows from checkpoint to checkpoint: stage, epochs done, steps of the next one.
-        """
-        save_file(_savable(whole.weights), folder / "model.safetensors")
-        save_file(_savable(whole.best), folder / "best.safetensors")
-        torch.save(whole.learner, folder / "learner.pt")
-        finished = _before(stage, self.job.config)
-        state = {
-            "at": [len(finished), epoch + (within is None), within.steps if within else 0],
-            "stage": stage,
-            "epoch": epoch,
-            "within": asdict(within) if within else None,
-            "workers": self.peers.world,
-            "stopper": [stopper.best, stopper.epochs_since],
-            "finished": finished,
-            "history": self.history,
-            "cpu_s": self.spent_s + time.process_time(),
-            "config": self.job.config.model_dump(mode="json"),
-            "dataset": self.job.fingerprint,
-        }
-        (folder / STATE).write_text(json.dumps(state))
-
-    def _restore(self) -> dict[str, Any] | None:
-        """The state of an interrupted training, with its weights put into the model; None to begin anew.
-
-        Raises UsageError for the checkpoint of another training: of other settings, or another dataset.
-        """
-        if self.resume is None:
-            return None
-        saved: dict[str, Any] = json.loads((self.resume / STATE).read_text())
-        self._refuse_another(saved)
-        self.history = saved["history"]
-        self.spent_s += saved["cpu_s"]
-        self.model.load_state_dict(self.parts.own(load_file(self.resume / "model.safetensors")))
-        if saved["stage"] == "done":
-            return saved
-        saved["best"] = self.parts.own(load_file(self.resume / "best.safetensors"))
-        learner = torch.load(self.resume / "learner.pt", map_location=self.peers.device, weights_only=True)
-        saved["learner"] = self.parts.own_learner(learner)
-        if saved["within"]:
-            saved["worker"] = self._own(self.resume, saved["workers"])
-            saved["within"] = saved["worker"]["progress"]
-        return saved
-
-    def _refuse_another(self, saved: dict[str, Any]) -> None:
-        if others := differences(saved["config"], self.job.config):
-            raise UsageError(f"the checkpoint is of a training with other settings: {'; '.join(others)}")
-        if saved["dataset"] and self.job.fingerprint and saved["dataset"] != self.job.fingerprint:
-            raise UsageError(f"the checkpoint is of a training on another dataset than {self.job.dataset} is now")
-
-    def _finish(self, folder: Path, weights: dict[str, Tensor], vector_ND: np.ndarray) -> None:
-        save_file(_savable(weights), folder / "model.safetensors")
-        np.save(folder / "vectors.npy", vector_ND, allow_pickle=False)
-        state = {
-            "at": [len(stages(self.job.config)), 0, 0],
-            "stage": "done",
-            "within": None,
-            "finished": stages(self.job.config),
-            "history": self.history,
-            "cpu_s": self.spent_s + time.process_time(),
-            "config": self.job.config.model_dump(mode="json"),
-            "dataset": self.job.fingerprint,
-        }
-        (folder / STATE).write_text(json.dumps(state))
-
-
-def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-def _before(stage: str, config: Config) -> list[str]:
-    order = stages(config)
-    return list(order[: order.index(stage)])
