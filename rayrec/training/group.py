@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +31,14 @@ class Group:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         ids = [self.device] if self.device.type == "cuda" else None
-        # A batch without pictures leaves the CNN unused.
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 announces another argument, which 2.9 lacks, and which would copy buffers once: workers that
+            # share pictures have different ones.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            # A batch without pictures leaves the CNN unused.
+            return nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False
+            )
 
     def average(self, table: nn.Parameter) -> Tensor | None:
         """See `parts.Sharing`. Each worker hears the rows of all: no more is sent than was read."""
