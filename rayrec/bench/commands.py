@@ -42,11 +42,19 @@ def bench_add(events: Events = 1_000_000, rounds: Rounds = 3, as_json: Json = Fa
 
 
 @bench_app.command("shapes")
-def bench_shapes(events: Events = 200_000, rounds: Rounds = 1, as_json: Json = False) -> None:
-    """Prepare on awkward logs: a robot with most rows, thousands of tiny files, one file that cannot be cut."""
+def bench_shapes(
+    events: Events = 1_200_000,
+    rounds: Rounds = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="'many files', 'one file', 'one group', 'tiny files', 'fast robot' or 'slow robot'."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prepare on awkward logs: one huge file, 5,000 tiny ones, a robot with five rows in six."""
     from rayrec.bench.shapes import run
 
-    _show(run(events, rounds), as_json)
+    _show(run(events, rounds, only or ()), as_json)
 
 
 @bench_app.command("decode")

@@ -1,8 +1,9 @@
 """`rayrec bench shapes`: prepare on logs of awkward shapes, and on the same rows in a plain one.
 
-In: how many events, how many rounds. Out: seconds and peak memory of each shape, from interleaved runs, each in a
-process of its own: a robot that has most rows (within a day, or over a year, which is no robot by its pace), thousands
-of tiny files, one huge file of a single row group. It must not know how prepare copes.
+In: how many events, how many rounds, which shapes. Out: seconds and peak memory of each shape, from interleaved runs,
+each in a process of its own: a log in many files, the same in one huge file, in one of a single row group and in
+thousands of tiny ones; a robot that has most rows (within a day, or over a year, which is no robot by its pace). It
+must not know how prepare copes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,34 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from rayrec.bench.measure import Measured, measured
+from rayrec.errors import UsageError
 from rayrec.progress import step
 
 N_USERS = 10_000
 N_ITEMS = 5_000
-TINY_ROWS = 40
+MANY, TINY = 20, 5_000
+"""Files of a log."""
 BEGIN_S, DAY_S, YEAR_S = 1_700_000_000, 86_400, 365 * 86_400
 
 
-def run(events: int, rounds: int) -> dict[str, Any]:
+def run(events: int, rounds: int, only: Sequence[str] = ()) -> dict[str, Any]:
     """Prepare each shape `rounds` times in turn; prints and answers the medians.
 
-    Raises RuntimeError if a shape does not keep the rows that it must.
+    only: these shapes; all if empty. Raises UsageError for one that is none; RuntimeError if a shape does not keep the
+    rows that it must.
     """
-    runs: dict[str, list[Measured]] = {name: [] for name in SHAPES}
+    if unknown := sorted(set(only) - set(SHAPES)):
+        raise UsageError(f"--only {unknown[0]}: there is no such shape; there are {', '.join(SHAPES)}")
+    runs: dict[str, list[Measured]] = {name: [] for name in only or SHAPES}
     with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
-        for name, write in SHAPES.items():
+        table = log(events, np.random.default_rng(0))
+        for name in runs:
             step(f"writing {name}")
-            write(Path(folder) / name, log(events, np.random.default_rng(0)))
+            SHAPES[name](Path(folder) / name, table)
+        sizes = {name: written(Path(folder) / name) for name in runs}
+        del table
         for round_ in range(rounds):
-            for name in SHAPES:
+            for name in runs:
                 out = Path(folder) / "out"
                 shutil.rmtree(out, ignore_errors=True)
                 one = measured([sys.executable, "-m", "rayrec", "prepare", f"{folder}/{name}", str(out), "--json"])
@@ -54,6 +63,7 @@ def run(events: int, rounds: int) -> dict[str, Any]:
                 step(f"round {round_ + 1}: {name:<12}{cost}")
     figures = {
         name: {
+            **sizes[name],
             "wall_s": statistics.median(one.wall_s for one in each),
             "cpu_s": statistics.median(one.cpu_s for one in each),
             "peak_mib": max(one.peak_mib for one in each),
@@ -83,10 +93,28 @@ def log(n: int, rng: np.random.Generator) -> pa.Table:
     )
 
 
-def plain(folder: Path, table: pa.Table) -> None:
+def written(folder: Path) -> dict[str, int]:
+    """How many files a log is, and the size of the largest."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return {"files": len(sizes), "largest_bytes": max(sizes)}
+
+
+def one_file(folder: Path, table: pa.Table) -> None:
     """One CSV file."""
     folder.mkdir(parents=True)
     pacsv.write_csv(table, folder / "events.csv")
+
+
+def files(n: int) -> Callable[[Path, pa.Table], None]:
+    """`n` CSV files of as many rows each."""
+
+    def write(folder: Path, table: pa.Table) -> None:
+        (folder / "events").mkdir(parents=True)
+        rows = -(-len(table) // n)
+        for number, start in enumerate(range(0, len(table), rows)):
+            pacsv.write_csv(table.slice(start, rows), folder / "events" / f"part-{number:06d}.csv")
+
+    return write
 
 
 def robot(span_s: int) -> Callable[[Path, pa.Table], None]:
@@ -96,16 +124,9 @@ def robot(span_s: int) -> Callable[[Path, pa.Table], None]:
         n = len(table) * 5 // 6
         time = np.linspace(BEGIN_S, BEGIN_S + span_s, n).astype(np.int64).astype(str)
         own = table.slice(0, n).set_column(0, "user_id", pa.array(["robot"] * n)).set_column(2, "timestamp", [time])
-        plain(folder, pa.concat_tables([own, table.slice(n)]))
+        one_file(folder, pa.concat_tables([own, table.slice(n)]))
 
     return write
-
-
-def tiny_files(folder: Path, table: pa.Table) -> None:
-    """TINY_ROWS rows a file."""
-    (folder / "events").mkdir(parents=True)
-    for n, start in enumerate(range(0, len(table), TINY_ROWS)):
-        pacsv.write_csv(table.slice(start, TINY_ROWS), folder / "events" / f"part-{n:06d}.csv")
 
 
 def one_group(folder: Path, table: pa.Table) -> None:
@@ -120,9 +141,10 @@ def one_group(folder: Path, table: pa.Table) -> None:
 
 
 SHAPES: dict[str, Callable[[Path, pa.Table], None]] = {
-    "plain": plain,
+    "many files": files(MANY),
+    "one file": one_file,
+    "one group": one_group,
+    "tiny files": files(TINY),
     "fast robot": robot(DAY_S),
     "slow robot": robot(YEAR_S),
-    "tiny files": tiny_files,
-    "one group": one_group,
 }
