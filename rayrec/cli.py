@@ -184,7 +184,9 @@ def train(
 @app.command()
 def tune(
     dataset: Annotated[str, typer.Argument(help="A dataset folder made by prepare.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where trials, table, picture and best.yaml go.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Where trials, table, picture and best.yaml go: a folder, or a URI.")
+    ],
     preset_: Annotated[
         str, typer.Option("--preset", help="small, wide, base or paper: where the search begins.")
     ] = "small",
@@ -202,10 +204,11 @@ def tune(
 ) -> None:
     """Search a preset's main dials; trials run side by side, and poor ones stop early."""
     from rayrec.cluster import disconnect, require_absolute
+    from rayrec.files import absolute, filesystem, is_uri, read_text
     from rayrec.training.dials import PAPER_DIALS, SMALL_DIALS, parse
     from rayrec.training.tuning import Search, search
 
-    require_absolute(dataset, str(out))
+    require_absolute(dataset, out)
     given = ["train.gpu=true"] if gpu else []
     config = with_settings(_preset(preset_, config_), [*given, *(set_ or [])])
     dials = dial or (PAPER_DIALS if config.model.kind == "paper" else SMALL_DIALS)
@@ -214,8 +217,10 @@ def tune(
         found = search(dataset, out, what, resume=resume)
     finally:
         disconnect()
-    typer.echo((out / "table.md").read_text())
-    step(f"the best are in {out / 'best.yaml'}: rayrec train {dataset} BUNDLES --config {out / 'best.yaml'}")
+    fs, root = filesystem(out)
+    typer.echo(read_text(fs, f"{root}/table.md"))
+    best = f"{absolute(out)}/best.yaml"
+    step(f"the best are in {best}: rayrec train {dataset} BUNDLES --config {'A-COPY-OF-IT' if is_uri(out) else best}")
     if as_json:
         print_json(found)
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -25,6 +25,7 @@ from rayrec.cluster import connect, cpus
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
 from rayrec.errors import ResourceError, UsageError, writing
+from rayrec.files import absolute, filesystem, read_text, upload
 from rayrec.progress import Task, step
 from rayrec.settings import with_settings
 from rayrec.training.checkpoints import check
@@ -64,8 +65,8 @@ class Search:
         return {"dataset": dataset, "config": self.config.model_dump(mode="json"), "trials": self.turns()}
 
 
-def search(dataset_path: str, out: Path, what: Search, *, resume: bool = False) -> dict[str, Any]:
-    """Run the trials; write into `out`, and answer, what `trials.json` holds.
+def search(dataset_path: str, out: str | Path, what: Search, *, resume: bool = False) -> dict[str, Any]:
+    """Run the trials; write into `out`, a local folder or a URI, and answer, what `trials.json` holds.
 
     resume: go on with the search of this folder; trials that are done are not repeated, and one that was under way
     goes on from its last epoch. Raises UsageError where `out` holds another search, or none to resume; ResourceError
@@ -73,7 +74,8 @@ def search(dataset_path: str, out: Path, what: Search, *, resume: bool = False) 
     """
     dataset = Dataset.open(dataset_path)
     plan = what.plan(dataset.path)
-    with writing(str(out)):
+    out = absolute(out)
+    with writing(out):
         _hold(out, plan, resume)
     connect()
     if what.cpus > cpus():
@@ -86,11 +88,11 @@ def search(dataset_path: str, out: Path, what: Search, *, resume: bool = False) 
         {"cpu": what.cpus, "gpu": what.gpus},
     )
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
-    storage = (out / TRIALS).absolute()
+    storage = f"{out}/{TRIALS}"
     watcher = Watcher(what.n)
-    with watcher, writing(str(out)):
-        if resume and tune.Tuner.can_restore(str(storage)):
-            tuner = tune.Tuner.restore(str(storage), trainable, resume_errored=True, param_space=_space(plan))
+    with watcher, writing(out):
+        if resume and tune.Tuner.can_restore(storage):
+            tuner = tune.Tuner.restore(storage, trainable, resume_errored=True, param_space=_space(plan))
         else:
             tuner = tune.Tuner(
                 trainable,
@@ -107,7 +109,7 @@ def search(dataset_path: str, out: Path, what: Search, *, resume: bool = False) 
                 ),
                 run_config=tune.RunConfig(
                     name=TRIALS,
-                    storage_path=str(out.absolute()),
+                    storage_path=out,
                     verbose=0,
                     callbacks=[watcher],
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
@@ -136,19 +138,21 @@ def _fit(tuner: tune.Tuner) -> tune.ResultGrid:
         signal.signal(signal.SIGINT, ours)
 
 
-def _hold(out: Path, plan: dict[str, Any], resume: bool) -> None:
+def _hold(out: str, plan: dict[str, Any], resume: bool) -> None:
     """Write down what is searched, or make sure that it is what was."""
-    held = out / PLAN
+    fs, root = filesystem(out)
+    held = read_text(fs, f"{root}/{PLAN}")
     if resume:
-        if not held.is_file():
+        if held is None:
             raise UsageError(f"{out}: no search to resume; start one without --resume")
-        if json.loads(held.read_text()) != plan:
+        if json.loads(held) != plan:
             raise UsageError(f"{out}: the search to resume had other settings, dials, trials or another dataset")
         return
-    if held.is_file():
+    if held is not None:
         raise UsageError(f"{out}: holds a search already; go on with --resume, or name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    held.write_text(json.dumps(plan, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
+        upload(Path(folder), out, PLAN)
 
 
 def _space(plan: dict[str, Any]) -> dict[str, Any]:
@@ -195,16 +199,26 @@ class Reporting(Alone):
 class Watcher(tune.Callback):
     """Says how the trials go. A context manager around the search."""
 
+    current: ClassVar[Watcher | None] = None
+    """Of the search under way in this process."""
+
     def __init__(self, n: int) -> None:
         self._task = Task("tune (trials)", n)
         self._best = -1.0
 
     def __enter__(self) -> Watcher:
         self._task.__enter__()
+        Watcher.current = self
         return self
 
     def __exit__(self, *error: Any) -> None:
+        Watcher.current = None
         self._task.__exit__(*error)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray Tune writes callbacks down and reads them again to resume. A bar on a terminal cannot be written, and of
+        # the search that goes on it is the new one that must move.
+        return _watching, ()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """An epoch of a trial is done."""
@@ -212,8 +226,12 @@ class Watcher(tune.Callback):
         self._task.update(sum(one.is_finished() for one in trials), f"best {self._best:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial is done, or stopped."""
-        self._task.update(sum(one.is_finished() for one in trials), f"best {self._best:.4f}")
+        """A trial is done, or stopped; Ray Tune says so before it counts as finished."""
+        self._task.update(sum(one is trial or one.is_finished() for one in trials), f"best {self._best:.4f}")
+
+
+def _watching() -> Watcher:
+    return Watcher.current or Watcher(0)
 
 
 def _trials(results: Any, settings: Sequence[Sequence[str]]) -> list[Trial]:
@@ -236,17 +254,19 @@ def _why(error: Exception | None) -> str | None:
     return None if error is None else str(getattr(error, "cause", error)).strip().splitlines()[-1]
 
 
-def _write(out: Path, plan: dict[str, Any], trials: list[Trial], config: Config) -> dict[str, Any]:
+def _write(out: str, plan: dict[str, Any], trials: list[Trial], config: Config) -> dict[str, Any]:
     judged = [trial for trial in trials if trial.epochs]
     if not judged:
         why = next((trial.error for trial in trials if trial.error), "no trial came to its first epoch")
-        raise ResourceError(f"every trial failed: {why}; see {out / TRIALS}")
+        raise ResourceError(f"every trial failed: {why}; see {out}/{TRIALS}")
     best = max(judged, key=lambda trial: trial.best)
     result = {**plan, "best": best.number, "results": [trial.body() for trial in trials]}
-    with writing(str(out)):
-        (out / "trials.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "table.md").write_text(table(trials))
-        chosen = with_settings(config, best.settings).model_dump(mode="json")
-        (out / "best.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False))
-    draw(trials, out / "tune.png")
+    chosen = with_settings(config, best.settings).model_dump(mode="json")
+    with tempfile.TemporaryDirectory() as made, writing(out):
+        folder = Path(made)
+        (folder / "trials.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "table.md").write_text(table(trials))
+        (folder / "best.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False))
+        draw(trials, folder / "tune.png")
+        upload(folder, out, "best.yaml")
     return result
