@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,11 +280,25 @@ APART = (
 SHARED = (*APART, "train.id_held=share", "train.clip_norm=0.1")
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """What the two of WORKER say with such settings, of one training for each."""
+
+    @functools.cache
+    def said(*settings: str) -> list[Any]:
+        folder = tmp_path_factory.mktemp("uneven")
+        tinyshop.write(folder / "dataset")
+        return said_by(WORKER, 2, folder, *settings)
+
+    return said
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("settings", [(), APART, pytest.param(SHARED, marks=pytest.mark.slow)])
-def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    tinyshop.write(tmp_path / "dataset")
-    said = said_by(WORKER, 2, tmp_path, *settings)
+def test_workers_with_uneven_and_empty_shards_end_together(
+    uneven: Callable[..., list[Any]], settings: tuple[str, ...]
+) -> None:
+    said = uneven(*settings)
     (first, first_sum, first_held, first_table), (second, second_sum, second_held, second_table) = said
     assert [line[:3] for line in first] == [line[:3] for line in second], "the loss is over the targets of both"
     assert first_sum == pytest.approx(second_sum, rel=1e-9), "equal weights"
@@ -293,3 +309,57 @@ def test_workers_with_uneven_and_empty_shards_end_together(tmp_path: Path, setti
     samples = {one[0]: (one[3], other[3]) for one, other in zip(first, second, strict=True)}
     assert samples["retrieval"][1] == 0 < samples["retrieval"][0]
     assert samples["refit"][0] < samples["refit"][1]
+
+
+@pytest.mark.timeout(200)
+def test_two_workers_with_the_same_seed_and_data_learn_the_same_again(
+    uneven: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    """To the last bit, in every stage: losses, weights, and the pictures' vectors."""
+    tinyshop.write(tmp_path / "dataset")
+    before, again = uneven(*APART), said_by(WORKER, 2, tmp_path, *APART)
+    assert again == before
+    assert [line[0] for line in again[0][0]] == ["retrieval", "fusion", "refit"]
+
+
+APART_DATASETS = """
+import json, sys
+from pathlib import Path
+import tinyshop, torch
+from rayrec.data.dataset import Dataset
+from rayrec.errors import DataError
+from rayrec.training.fit import Fit, Job
+from rayrec.training.group import Group
+from rayrec.training.local import LocalFeed
+from rayrec.training.survey import survey
+
+rank, port, own, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+shop, config = Dataset.open(str(folder / "dataset")), tinyshop.tiny("train.workers=2")
+facts = survey(shop, tinyshop.N_ITEMS, config)
+path = folder / own if rank == 1 else shop.path
+job = Job(config, str(path), facts.first_stage, facts.rows, fingerprint=shop.fingerprint())
+try:
+    Fit(job, LocalFeed(shop, config), Group(rank, 2, torch.device("cpu"))).run()
+except DataError as error:
+    print(json.dumps(str(error)))
+torch.distributed.barrier()  # neither heard of it by the other's end
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("found", "said"), [("other", "worker 1 finds another dataset there"), ("none", "worker 1 cannot open the dataset")]
+)
+def test_workers_of_whom_one_finds_another_dataset_or_none_both_say_so_and_end(
+    tmp_path: Path, found: str, said: str
+) -> None:
+    for name, users in (("dataset", 60), ("other", 20)):
+        tinyshop.write(tmp_path / name, users=users)
+    began = time.monotonic()
+    for line in said_by(APART_DATASETS, 2, found, tmp_path):
+        assert said in line
+        assert "name a place that all nodes share" in line
+    assert time.monotonic() - began < 90, "who waits for the other one waits for minutes"

@@ -27,7 +27,6 @@ from rayrec.bundle import Bundle
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
 from rayrec.data.dataset import Dataset
-from rayrec.errors import DataError
 from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.followers import Followers
 from rayrec.model.paper import PaperModel
@@ -45,6 +44,7 @@ from rayrec.training.calibrate import calibrate
 from rayrec.training.held_images import held_images
 from rayrec.training.keeper import Keeper, Place, SoFar
 from rayrec.training.loop import EarlyStop, EpochStats, Learner, Progress, dealt, train_epoch
+from rayrec.training.opening import opened_by_all
 from rayrec.training.parts import Parts, Sharing
 from rayrec.training.validation import judged_visitors, score
 from rayrec.training.warm_start import warm_start
@@ -169,12 +169,7 @@ class Fit:
         config = self.job.config
         assert self.peers.world <= config.train.workers, "a step's batches are those of `train.workers` at most"
         torch.manual_seed(config.train.seed)
-        self.dataset = Dataset.open(self.job.dataset)
-        if self.job.fingerprint and self.dataset.fingerprint() != self.job.fingerprint:
-            raise DataError(
-                f"{self.job.dataset}: worker {self.peers.rank} finds another dataset there than the one that the "
-                "training was started with: every node must see the same files; name a place that all nodes share"
-            )
+        self.dataset = opened_by_all(self.job.dataset, self.job.fingerprint, self.peers)
         self.catalogue: Catalogue = self.dataset.catalogue()
         images = held_images(self.dataset, config, self.peers.rank, self.peers.world)
         item_M, pixels_MHWC = (images.item_M, images.pixels_MHWC) if images else (None, None)
