@@ -50,6 +50,12 @@ def test_the_report_opens_without_the_network(result: dict[str, Any], tmp_path: 
     assert [child.name for child in path.parent.iterdir()] == ["report.html"]
 
 
+def test_the_report_says_where_a_catalogue_is_made_of_its_log(result: dict[str, Any]) -> None:
+    for met_later, told in ((5, True), (4, False)):
+        made = {**result, "items": 30, "catalogue": {"cold": 5, "cold_met_later": met_later}}
+        assert ("Note: all 5 items without a training event" in render(made, {}, NOON)) is told
+
+
 def test_the_report_shows_the_figures_and_the_facts(result: dict[str, Any]) -> None:
     text = render(result, {"model": "<v1>", "dataset": {"events": 12345}}, NOON)
     shown = [result[name] for name in ("metrics", "next", "cart", "purchase")]

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rayrec.errors import UsageError
 from rayrec.evaluation.metrics import Figures
+from rayrec.evaluation.table import caveats
 
 COLOURS = {"model": "#2457d6", "markov": "#e08a1e", "popular": "#8a8f98", "chosen": "#1d9a6c"}
 LABELS = {"model": "model", "markov": "Markov floor", "popular": "popularity floor", "chosen": "what users chose"}
@@ -91,6 +92,7 @@ def render(result: dict[str, Any], facts: dict[str, Any], now: datetime) -> str:
     return environment.get_template("report.html").render(
         result=result,
         verdict=verdict(result),
+        caveats=caveats(result),
         protocols=[(name, *text, table(result, name)) for name, text in PROTOCOL_TEXT.items() if name in result],
         pointwise=[(label, body) for _, label, body in rankers(result, "pointwise")],
         slices=[(name.replace("_", " "), SLICE_TEXT.get(name, ""), body) for name, body in result["slices"].items()],

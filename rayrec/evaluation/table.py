@@ -21,15 +21,17 @@ def table_lines(result: dict[str, Any], oracles: Mapping[str, dict[str, Any]] | 
     for name, body in rows.items():
         cells = [_cell((body or {}).get(protocol, {})) for protocol in COLUMNS]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
-    return lines + _made_of_its_log(result["items"], result["catalogue"])
+    return lines + [f"note: {caveat}" for caveat in caveats(result)]
 
 
-def _made_of_its_log(n_items: int, catalogue: Mapping[str, int]) -> list[str]:
-    if catalogue["cold"] < SEVERAL * n_items or catalogue["cold_met_later"] < catalogue["cold"]:
+def caveats(result: dict[str, Any]) -> list[str]:
+    """What a reader of the figures must know: whether the catalogue is made of its log."""
+    catalogue = result["catalogue"]
+    if catalogue["cold"] < SEVERAL * result["items"] or catalogue["cold_met_later"] < catalogue["cold"]:
         return []
     return [
-        f"note: all {catalogue['cold']} items without a training event have a later one, as where a catalogue is made "
-        "of its log: figures of such items are not those of a shop's new ones"
+        f"all {catalogue['cold']} items without a training event have a later one, as where a catalogue is made of its "
+        "log: figures of such items are not those of a shop's new ones"
     ]
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from rayrec.bundle import Bundle
 from rayrec.catalogue import Catalogue
 from rayrec.config import Config
-from rayrec.data.dataset import Dataset
 from rayrec.evaluation import ReplaySettings, replay, summarise
 from rayrec.followers import Followers
 from rayrec.model.paper import PaperModel
