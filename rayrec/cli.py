@@ -197,7 +197,7 @@ def tune(
     cpus: Annotated[int, typer.Option(min=1, help="Of each trial.")] = 1,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a trial.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed tries the same settings.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of this folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of this folder, if any.")] = False,
     config_: TrainFile = None,
     set_: Set = None,
     as_json: Json = False,

@@ -68,9 +68,9 @@ class Search:
 def search(dataset_path: str, out: str | Path, what: Search, *, resume: bool = False) -> dict[str, Any]:
     """Run the trials; write into `out`, a local folder or a URI, and answer, what `trials.json` holds.
 
-    resume: go on with the search of this folder; trials that are done are not repeated, and one that was under way
-    goes on from its last epoch. Raises UsageError where `out` holds another search, or none to resume; ResourceError
-    if no trial fits the cluster or every one failed.
+    resume: go on with the search of this folder, if there is one; trials that are done are not repeated, and one that
+    was under way goes on from its last epoch. Raises UsageError where `out` holds another search; ResourceError if no
+    trial fits the cluster or every one failed.
     """
     dataset = Dataset.open(dataset_path)
     plan = what.plan(dataset.path)
@@ -142,14 +142,14 @@ def _hold(out: str, plan: dict[str, Any], resume: bool) -> None:
     """Write down what is searched, or make sure that it is what was."""
     fs, root = filesystem(out)
     held = read_text(fs, f"{root}/{PLAN}")
-    if resume:
-        if held is None:
-            raise UsageError(f"{out}: no search to resume; start one without --resume")
+    if held is not None:
+        if not resume:
+            raise UsageError(f"{out}: holds a search already; go on with --resume, or name another folder")
         if json.loads(held) != plan:
             raise UsageError(f"{out}: the search to resume had other settings, dials, trials or another dataset")
         return
-    if held is not None:
-        raise UsageError(f"{out}: holds a search already; go on with --resume, or name another folder")
+    if resume:
+        step(f"tune: {out} has no search to go on with: a new one begins")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
         upload(Path(folder), out, PLAN)
