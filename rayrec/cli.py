@@ -153,7 +153,7 @@ def train(
     ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same result.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same gives the same result on as many cores.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the training that did not finish, if there is one.")
     ] = False,
@@ -269,7 +269,7 @@ def retrain(
     workers: Annotated[int | None, typer.Option(min=1, help="Data-parallel workers.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same result.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same gives the same result on as many cores.")] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds that a cluster may take to add nodes.")] = 0.0,
     set_: Set = None,
     as_json: Json = False,

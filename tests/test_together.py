@@ -23,6 +23,7 @@ from rayrec.model.history_tensors import HistoryTensors
 from rayrec.model.recommender import Lists, NextItems, Recommender, build
 from rayrec.schema import ACTION_CODE
 from rayrec.training.batches import history_of
+from rayrec.training.group import add_up_alike
 from rayrec.training.loop import Learner, dealt, train_epoch, weigh
 from rayrec.training.windows import examples, next_item_windows
 
@@ -320,6 +321,23 @@ def test_two_workers_with_the_same_seed_and_data_learn_the_same_again(
     before, again = uneven(*APART), said_by(WORKER, 2, tmp_path, *APART)
     assert again == before
     assert [line[0] for line in again[0][0]] == ["retrieval", "fusion", "refit"]
+
+
+def test_threads_add_up_alike() -> None:
+    """Many gradients for few rows of a table, which two threads add to at once."""
+    draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    row_R = torch.randint(0, 50, (100_000,), generator=draw)
+    weight_RD = torch.rand(100_000, 16, generator=draw)
+    add_up_alike(2)
+    try:
+        gradients = []
+        for _ in range(4):
+            table = torch.zeros(50, 16, requires_grad=True)
+            (table[row_R] * weight_RD).sum().backward()
+            gradients.append(table.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 APART_DATASETS = """

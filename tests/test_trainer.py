@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.train
@@ -63,6 +68,7 @@ def witness(folder: Path, fail_at: tuple[int, ...] = ()) -> Callable[[dict[str, 
                     failed.touch()
                     raise RuntimeError("the power went out")
                 told = {"metrics": metrics, "weights": self.model.state_dict(), "env": dict(os.environ)}
+                told["alike"] = torch.are_deterministic_algorithms_enabled()
                 torch.save(told, folder / f"{stage}-{epoch}-of-{self.rank}-{time.time_ns()}.pt")
                 super().report(metrics, save)
 
@@ -198,9 +204,10 @@ def test_two_workers_share_the_rows_and_end_with_equal_weights(together: tuple[B
         torch.testing.assert_close(weight, fused[0, 1][0]["weights"][name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_workers_keep_freed_memory(together: tuple[Bundle, Path]) -> None:
-    env = told(together[1], "retrieval")[0, 0][0]["env"]
-    assert ALLOCATOR.items() <= env.items()
+def test_workers_keep_freed_memory_and_add_up_alike(together: tuple[Bundle, Path]) -> None:
+    worker = told(together[1], "retrieval")[0, 0][0]
+    assert ALLOCATOR.items() <= worker["env"].items()
+    assert worker["alike"]
 
 
 def test_without_publishing_the_live_version_stays(together: tuple[Bundle, Path], alone: Bundle, bundles: Path) -> None:
@@ -251,6 +258,129 @@ def test_a_shard_that_breaks_after_the_survey_is_named(
     monkeypatch.setattr(ray.train, "FailureConfig", lambda max_failures: once(max_failures=0))
     with pytest.raises(DataError, match=r"sequences/1[.]parquet: this shard cannot be read"):
         train(shop.path, str(tmp_path / "bundles"), tinyshop.tiny("train.epochs=1"))
+
+
+SHARDS, BAD = 24, 20
+"""How many there are, and which of them breaks, the first being 0."""
+
+BRIEF = ("train.workers=2", "train.epochs=2", "train.fusion_epochs=0", "train.refit_epochs=0", "train.batch_size=4")
+
+
+@pytest.fixture
+def breaks_midway(
+    tmp_path: Path, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Dataset, list[str]]:
+    """A shop in many shards, one of which breaks after the first step that two workers take, and what is said then."""
+    shop = tinyshop.write(tmp_path / "dataset", users=120)
+    folder, stepped = tmp_path / "dataset" / "sequences", tmp_path / "stepped"
+    midway = tmp_path / "midway"
+    sequences = shop.sequences()
+    for n in range(SHARDS):
+        pq.write_table(sequences.slice(5 * n, 5), folder / f"{n:02d}.parquet")
+    for old in ("0", "1"):
+        (folder / f"{old}.parquet").unlink()
+    bad, read = folder / f"{BAD}.parquet", trainer._rows
+
+    def read_once_it_broke(named: pa.Table, **given: Any) -> pa.Table:
+        if named["shard"].to_pylist() == [str(bad)]:
+            deadline = time.monotonic() + 60
+            while not stepped.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            midway.write_text(str(stepped.exists()))
+            content = bad.read_bytes()
+            bad.write_bytes(content[:100] + bytes(len(content) - 600) + content[-500:])
+        return read(named, **given)
+
+    def worker(given: dict[str, Any]) -> None:
+        from rayrec.training import workers
+
+        class Stepping(workers.RayPeers):
+            def step(self, stage: str, epoch: int, steps: int, step: int, loss: float) -> None:
+                stepped.touch()
+                super().step(stage, epoch, steps, step, loss)
+
+        workers.RayPeers = Stepping  # type: ignore[misc]
+        workers.ROWS_A_CHUNK = 4  # or all that there is would be read before the first step
+        workers.train_worker(given)
+
+    said: list[str] = []
+    monkeypatch.setattr(trainer, "_rows", read_once_it_broke)
+    monkeypatch.setattr(trainer, "train_worker", worker)
+    monkeypatch.setattr(trainer, "step", said.append)
+    return Dataset.open(shop.path), said
+
+
+@pytest.mark.timeout(240)
+def test_two_workers_end_where_a_shard_breaks_in_the_middle_of_an_epoch(
+    breaks_midway: tuple[Dataset, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, began = ray.train.FailureConfig, time.monotonic()
+    monkeypatch.setattr(ray.train, "FailureConfig", lambda max_failures: once(max_failures=0))
+    with pytest.raises(DataError, match=rf"sequences/{BAD}[.]parquet: this shard cannot be read"):
+        train(breaks_midway[0].path, str(tmp_path / "bundles"), tinyshop.tiny(*BRIEF))
+    assert (tmp_path / "midway").read_text() == "True"
+    assert time.monotonic() - began < 150
+    assert versions(tmp_path / "bundles") == []
+
+
+@pytest.mark.timeout(240)
+def test_two_workers_go_on_without_a_shard_that_breaks_in_the_middle_of_an_epoch_if_so_wished(
+    breaks_midway: tuple[Dataset, list[str]], tmp_path: Path
+) -> None:
+    (shop, said), began = breaks_midway, time.monotonic()
+    bundle = train(shop.path, str(tmp_path / "bundles"), tinyshop.tiny(*BRIEF, "train.bad_shards=skip"))
+    assert (tmp_path / "midway").read_text() == "True"
+    assert time.monotonic() - began < 150
+    (named,) = [line for line in said if "cannot be read" in line]
+    assert f"sequences/{BAD}.parquet: this shard cannot be read" in named
+    assert f"is left out (1 of {SHARDS})" in named
+    first, second = bundle.json("metrics.json")["training"]
+    rows = next_item_windows(shop.sequences(shards=good(shop)), 10, SETTINGS.train.fusion_holdout)
+    assert first["samples"] == second["samples"] == len(rows) // 2
+
+
+def good(shop: Dataset) -> list[str]:
+    """Paths of the shards that do not break."""
+    return [f"{shop.path}/sequences/{n:02d}.parquet" for n in range(SHARDS) if n != BAD]
+
+
+def test_a_training_of_which_no_shard_can_be_read_any_more_is_none() -> None:
+    class Told:
+        n = 0
+
+        def remote(self, shard: str, why: str, of: int) -> Any:
+            self.n += 1
+            return ray.put(self.n)
+
+    board = SimpleNamespace(leave_out=Told())
+    leave_out = partial(trainer._leave_out, board, 2)
+    named = pa.table({"shard": ["/nowhere/0.parquet"]})
+    rows = trainer._rows(named, "retrieval", SETTINGS, pafs.LocalFileSystem(), leave_out)
+    assert len(rows) == 0
+    with pytest.raises(DataError, match=r"0[.]parquet: neither this shard nor any other can be read"):
+        trainer._rows(named, "retrieval", SETTINGS, pafs.LocalFileSystem(), leave_out)
+
+
+@pytest.mark.timeout(240)
+def test_two_workers_of_whom_one_finds_another_dataset_end(
+    dataset: Dataset, tmp_path: Path, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, once, began = tinyshop.write(tmp_path / "other", users=20), ray.train.FailureConfig, time.monotonic()
+
+    def worker(given: dict[str, Any]) -> None:
+        from dataclasses import replace
+
+        from rayrec.training import workers
+
+        if ray.train.get_context().get_world_rank() == 1:
+            given = {**given, "job": ray.put(replace(ray.get(given["job"]), dataset=other.path))}
+        workers.train_worker(given)
+
+    monkeypatch.setattr(trainer, "train_worker", worker)
+    monkeypatch.setattr(ray.train, "FailureConfig", lambda max_failures: once(max_failures=0))
+    with pytest.raises(DataError, match=r"worker 1 finds another dataset there.*name a place that all nodes share"):
+        train(dataset.path, str(tmp_path / "bundles"), tinyshop.tiny(*BRIEF))
+    assert time.monotonic() - began < 90
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:

@@ -115,3 +115,11 @@ class Group:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def add_up_alike(threads: int) -> None:
+    """Have this process compute with so many CPU threads, whose sums come out alike each time, to the last bit."""
+    torch.set_num_threads(threads)
+    # Otherwise they add gradients to the rows of a table in whatever order they get there. It costs no time.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.training.batches import ROWS_A_CHUNK
 from rayrec.training.checkpoints import check, seal
 from rayrec.training.fit import Fit, Job
+from rayrec.training.group import add_up_alike
 from rayrec.training.loop import OneWorker
 from rayrec.training.survey import survey
 from rayrec.training.windows import stage_rows
@@ -128,6 +129,7 @@ def train_alone(
     """
     if resume is not None:
         check(resume)
+    add_up_alike(torch.get_num_threads())
     facts = survey(dataset, len(dataset.catalogue()), config)
     fit = Fit(
         Job(

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from rayrec.files import absolute, filesystem
 from rayrec.model.backbone import PACKAGED, pretrained
 from rayrec.model.paper import IMAGE_SIZE
 from rayrec.progress import Task, step
+from rayrec.schema import SEQUENCE_SCHEMA
 from rayrec.training.fit import Job
 from rayrec.training.lineage import lineage
 from rayrec.training.publish import write_bundle
@@ -135,7 +136,7 @@ def train(
             worker_runtime_env={"env_vars": ALLOCATOR},  # type: ignore[call-arg]
         ),
         torch_config=Workers(backend="nccl" if config.train.gpu else "gloo"),
-        datasets=_tables(dataset, config, list(facts.shards)),
+        datasets=_tables(dataset, config, list(facts.shards), board),
         # What is split has a coordinator, a process for each table; one worker does without.
         dataset_config=ray.train.DataConfig(
             datasets_to_split="all" if config.train.workers > 1 else [], execution_options=IN_ORDER
@@ -143,7 +144,7 @@ def train(
         asked=asked,
     )
     with asked.by_sigterm():
-        with _progress(board, bundles, run, config), writing(bundles), _naming_shards(dataset):
+        with _progress(board, bundles, run, config), writing(bundles), _naming_shards(dataset, config):
             result = _fit(trainer)
         if place := ray.get(board.ended_at.remote()):
             _ended(asked, place)
@@ -173,7 +174,7 @@ def _forget(runs: Runs, run: str) -> None:
         fs.delete_file(root)
 
 
-def _tables(dataset: Dataset, config: Config, shards: list[str]) -> dict[str, Any]:
+def _tables(dataset: Dataset, config: Config, shards: list[str], board: Any) -> dict[str, Any]:
     """The rows of each stage, made from sequence shards as they are asked for.
 
     A task reads a shard itself: what Ray's reader does beforehand asks for a CPU, whatever its reading may ask for.
@@ -181,22 +182,40 @@ def _tables(dataset: Dataset, config: Config, shards: list[str]) -> dict[str, An
     fs, _ = filesystem(dataset.path)
     # A block a shard: how many CPUs there are must not decide which rows are whose.
     named = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    if config.train.bad_shards == "skip":
-        named.context.max_errored_blocks = len(shards)
+    leave_out = partial(_leave_out, board, len(shards)) if config.train.bad_shards == "skip" else None
     # Workers may take every CPU of the nodes that are left: what feeds them must not wait for one.
     asks: dict[str, Any] = {"num_cpus": 0, "concurrency": config.train.workers} if config.train.min_workers else {}
 
     def rows(stage: str) -> ray.data.Dataset:
-        make = partial(_rows, stage=stage, config=config, fs=fs)
+        make = partial(_rows, stage=stage, config=config, fs=fs, leave_out=leave_out)
         return named.map_batches(make, batch_format="pyarrow", batch_size=None, **asks)
 
     return {stage: rows(stage) for stage in stages(config)}
 
 
-def _rows(named: pa.Table, stage: str, config: Config, fs: pafs.FileSystem) -> pa.Table:
-    paths = named["shard"].to_pylist()
-    sequences = pa.concat_tables(pq.read_table(path, filesystem=fs, partitioning=None) for path in paths)
-    return stage_rows(sequences, stage, config)
+def _rows(
+    named: pa.Table,
+    stage: str,
+    config: Config,
+    fs: pafs.FileSystem,
+    leave_out: Callable[[str, Exception], None] | None = None,
+) -> pa.Table:
+    """The stage's rows of the shards named. leave_out: told of one that cannot be read, if such are to be skipped."""
+    tables = []
+    for path in named["shard"].to_pylist():
+        try:
+            tables.append(pq.read_table(path, filesystem=fs, partitioning=None))
+        except (pa.ArrowException, OSError) as error:
+            if leave_out is None:
+                raise
+            leave_out(path, error)
+    return stage_rows(pa.concat_tables(tables) if tables else SEQUENCE_SCHEMA.empty_table(), stage, config)
+
+
+def _leave_out(board: Any, of: int, path: str, error: Exception) -> None:
+    """Have it said that a shard could be read at first and cannot any more. Raises DataError if none of them can."""
+    if ray.get(board.leave_out.remote(path, str(error).splitlines()[0], of)) == of:
+        raise DataError(f"{path}: neither this shard nor any other can be read; prepare again")
 
 
 def worker_resources(config: Config, wait_s: float) -> dict[str, float]:
@@ -268,13 +287,14 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
 
 
 @contextmanager
-def _naming_shards(dataset: Dataset) -> Iterator[None]:
+def _naming_shards(dataset: Dataset, config: Config) -> Iterator[None]:
     """Raise DataError where what failed is due to a shard that cannot be read: neither Ray nor Arrow name it."""
     try:
         yield
     except (ray.train.TrainingFailedError, OSError):
-        for _ in read_shards(dataset):
-            pass
+        if config.train.bad_shards == "stop":
+            for _ in read_shards(dataset):
+                pass
         raise
 
 

@@ -23,12 +23,11 @@ import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
-import torch
 
 from rayrec.training.batches import ROWS_A_CHUNK
 from rayrec.training.checkpoints import fetch, newest, seal
 from rayrec.training.fit import EndedError, Fit, Job
-from rayrec.training.group import Group, cores
+from rayrec.training.group import Group, add_up_alike, cores
 
 CACHE_BYTES = 1 << 30
 
@@ -55,6 +54,7 @@ class Board:
         self.shown: Shown | None = None
         self.epochs: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.left_out: set[str] = set()
         self.ending = False
         self.ended: str | None = None
 
@@ -66,6 +66,13 @@ class Board:
     def note(self, text: str) -> None:
         """Append something to tell."""
         self.notes.append(text)
+
+    def leave_out(self, shard: str, why: str, of: int) -> int:
+        """Tell, once, that one `of` so many shards is left out. How many of them are."""
+        if shard not in self.left_out:
+            self.left_out.add(shard)
+            self.note(f"{shard}: this shard cannot be read ({why}) and is left out ({len(self.left_out)} of {of})")
+        return len(self.left_out)
 
     def trains(self) -> bool:
         """Whether steps have been taken, so that there is something to save."""
@@ -115,7 +122,7 @@ def train_worker(given: dict[str, Any]) -> None:
     job: Job = ray.get(given["job"])
     context = ray.train.get_context()
     if not job.config.train.gpu:
-        torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
+        add_up_alike(max(1, cores() // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as scratch:
         peers = RayPeers(given["board"])
         if peers.rank == 0 and job.config.train.min_workers:
