@@ -21,7 +21,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.progress import step
 from rayrec.settings import with_settings
 from rayrec.training.fit import Fit, Job
-from rayrec.training.group import Group, cores
+from rayrec.training.group import Group, add_up_alike, cores
 from rayrec.training.local import LocalFeed
 from rayrec.training.survey import survey
 from rayrec.training.tracking import describe
@@ -53,7 +53,7 @@ class Torchrun(Group):
 def train(path: str, config: Config) -> list[dict[str, Any]]:
     """This worker's part of a training; its epochs."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(max(1, cores() // world))
+    add_up_alike(max(1, cores() // world))
     torch.distributed.init_process_group("gloo")
     try:
         dataset = Dataset.open(path)
