@@ -136,21 +136,29 @@ def bench_ids(
 def bench_sizing(
     preset_: Annotated[str, typer.Option("--preset", help="Whose model: small or base.")] = "small",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=NUMBER", help="Of the shop, or a rate; repeatable.")
+        list[str] | None, typer.Option("--set", metavar="NAME=NUMBER", help="Of the shop, rates or prices; repeatable.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What a shop needs of machines: arithmetic from measured rates."""
+    """What a shop needs of machines, and what they cost: arithmetic from measured rates and assumed prices."""
     from dataclasses import asdict
 
-    from rayrec.bench.sizing import changed, needs, table
+    from rayrec.bench.sizing import LEFT_OUT, changed, cost_table, costs, needs, rates_table, table
     from rayrec.config import preset
 
-    shop, rates = changed(set_ or [])
-    found = needs(shop, rates, preset(preset_))
-    typer.echo(table(found))
+    shop, rates, prices = changed(set_ or [])
+    found, paid = needs(shop, rates, preset(preset_)), costs(shop, rates, prices, preset(preset_))
+    typer.echo("\n\n".join([table(found), cost_table(paid), rates_table(rates, prices), LEFT_OUT]))
     if as_json:
-        print_json({"shop": asdict(shop), "rates": asdict(rates), "needs": [asdict(need) for need in found]})
+        print_json(
+            {
+                "shop": asdict(shop),
+                "rates": asdict(rates),
+                "prices": asdict(prices),
+                "needs": [asdict(need) for need in found],
+                "costs": [asdict(cost) for cost in paid],
+            }
+        )
 
 
 @bench_app.command("quality")
