@@ -1,8 +1,8 @@
 """What faults cost a training: it goes on from its last checkpoint, of a step, and ends as if nothing had happened.
 
 Each fault comes in the middle of an epoch, to `rayrec train` as a user runs it: a signal, a killed worker, a killed
-job, a node that is gone, a disk that is full or cannot be written. What is trained on one worker then has the very
-losses of a training that was left in peace.
+job, a node that is gone, a disk that is full or cannot be written. What is trained on one worker, or
+on as many as before, then has the very losses of a training that was left in peace.
 """
 
 from __future__ import annotations
@@ -61,6 +61,16 @@ def in_peace(train: Train, tmp_path_factory: pytest.TempPathFactory) -> list[tup
     return learned(ran.json)
 
 
+@pytest.fixture(scope="module")
+def two_in_peace(train: Train, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """The same of two workers."""
+    with Terminal() as terminal:
+        words = train(tmp_path_factory.mktemp("two") / "bundles", "--workers", 2, "--json")
+        ran = terminal.rayrec(*words, timeout_s=800)
+    assert ran.code == 0, ran.err
+    return learned(ran.json)
+
+
 @pytest.fixture
 def own() -> Iterator[Terminal]:
     with Terminal() as terminal:
@@ -85,14 +95,19 @@ def under_way(running: Running) -> None:
     running.wait_until(lambda: "  retrieval 2: loss" in running.said, within_s=600)
 
 
-def worker(terminal: Terminal) -> psutil.Process:
-    """The process that trains."""
+def workers(terminal: Terminal) -> list[psutil.Process]:
+    """The processes that train."""
     found = []
     for process in terminal.processes():
         with suppress(psutil.Error):
             if "ray::RayTrainWorker" in " ".join(process.cmdline()):
                 found.append(process)
-    (one,) = found
+    return found
+
+
+def worker(terminal: Terminal) -> psutil.Process:
+    """The only one."""
+    (one,) = workers(terminal)
     return one
 
 
@@ -144,6 +159,21 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_step(
     worker(own).kill()
     ended(running, 0)
     assert learned(json.loads(running.said.strip().splitlines()[-1])) == in_peace
+    assert running.said.count("  retrieval 1: loss") == 1
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_of_two_workers_is_killed_and_both_go_on_from_their_step(
+    own: Terminal, train: Train, two_in_peace: list[tuple[Any, ...]], tmp_path: Path, place: int
+) -> None:
+    """The other one waits in a sum over both meanwhile, and does not wait for good."""
+    running = own.start(*train(tmp_path / "bundles", "--workers", 2, *EVERY_STEP, "--json"))
+    under_way(running)
+    both = sorted(workers(own), key=lambda one: one.create_time())
+    assert len(both) == 2
+    both[place].kill()
+    ended(running, 0)
+    assert learned(json.loads(running.said.strip().splitlines()[-1])) == two_in_peace
     assert running.said.count("  retrieval 1: loss") == 1
 
 
