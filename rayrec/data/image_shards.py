@@ -39,7 +39,7 @@ ROW_GROUP = 16
 """New rows that are in memory at once, at the default size under a MB. A whole shard would be fresh pages of the system
 each time, which cost a third of what its decoding does."""
 PIXELS_BY = "lz4"
-"""zstd makes photographs a twenty-fifth smaller than this, for three times the time and twice as long to read."""
+"""zstd makes posters a twentieth smaller than this, for three times the time and twice as long to read."""
 LARGEST_BYTES = 64 * 1024 * 1024
 FOLDER = "images/"
 
