@@ -319,7 +319,7 @@ def test_two_workers_end_where_a_shard_breaks_in_the_middle_of_an_epoch(
     with pytest.raises(DataError, match=rf"sequences/{BAD}[.]parquet: this shard cannot be read"):
         train(breaks_midway[0].path, str(tmp_path / "bundles"), tinyshop.tiny(*BRIEF))
     assert (tmp_path / "midway").read_text() == "True"
-    assert time.monotonic() - began < 150
+    assert time.monotonic() - began < 200
     assert versions(tmp_path / "bundles") == []
 
 
@@ -330,7 +330,7 @@ def test_two_workers_go_on_without_a_shard_that_breaks_in_the_middle_of_an_epoch
     (shop, said), began = breaks_midway, time.monotonic()
     bundle = train(shop.path, str(tmp_path / "bundles"), tinyshop.tiny(*BRIEF, "train.bad_shards=skip"))
     assert (tmp_path / "midway").read_text() == "True"
-    assert time.monotonic() - began < 150
+    assert time.monotonic() - began < 200
     (named,) = [line for line in said if "cannot be read" in line]
     assert f"sequences/{BAD}.parquet: this shard cannot be read" in named
     assert f"is left out (1 of {SHARDS})" in named
