@@ -311,6 +311,7 @@ def breaks_midway(
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_two_workers_end_where_a_shard_breaks_in_the_middle_of_an_epoch(
     breaks_midway: tuple[Dataset, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
