@@ -19,7 +19,8 @@ from rayrec.training.survey import read_shards
 def judged_visitors(dataset: Dataset, train: TrainConfig, shards: Sequence[str] = ()) -> pa.Table:
     """Sequences of a seeded sample of the visitors that have a validation event: `train.valid_users` of them.
 
-    Memory holds a shard at a time. shards: as of `read_shards`, which says what is raised.
+    Memory holds a shard at a time, and a number of every visitor. shards: as of `read_shards`, which says what is
+    raised.
     """
     skip = train.bad_shards == "skip"
     targets = {path: table["valid_at"].to_numpy() for path, table in read_shards(dataset, skip, shards, ["valid_at"])}
