@@ -10,12 +10,13 @@ import sys
 import sysconfig
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from redisserver import RedisServer
 from terminal import REPOSITORY, TINY_PREPARE, TINY_TRAIN, Ran, Terminal
@@ -59,6 +60,17 @@ class Head:
     def job(self, command: str, name: str) -> Ran:
         """`ray job status`, `ray job stop`, `ray job logs`."""
         return self.terminal.run(RAY, "job", command, "--address", self.address, name)
+
+    def wait(self, name: str, reached: Callable[[str, str], bool], within_s: float = 300) -> None:
+        """Wait until a job's status and its log are so, by the dashboard: Ray's commands take seconds to start."""
+        job, deadline = f"{self.address}/api/jobs/{name}", time.monotonic() + within_s
+        while True:
+            status, logs = (httpx.get(url, timeout=20).raise_for_status().json() for url in (job, f"{job}/logs"))
+            if reached(status["status"], logs["logs"] or ""):
+                return
+            assert status["status"] in ("PENDING", "RUNNING"), logs["logs"]
+            assert time.monotonic() < deadline, logs["logs"]
+            time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +165,36 @@ def test_from_raw_folder_to_live_endpoint(head: Head, tiny_shop: Path, tmp_path:
     assert last_json(ran)["items"] == 24
 
     served_and_stopped(head, bundles)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_training_job_that_is_killed_goes_on_when_the_same_command_is_submitted_again(
+    head: Head, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """As whoever restarts what failed does: --resume begins anew where there is nothing to go on with."""
+    bundles, name, epochs = tmp_path / "bundles", f"train-{uuid.uuid4().hex[:8]}", 12
+    more = ("--epochs", epochs, "--set", f"train.patience={epochs}", "--set", "train.checkpoint_steps=1")
+    command = ("train", tiny_dataset, bundles, *TINY_TRAIN, *more, "--resume", "--json")
+
+    ran = head.submit(*command, wait=False, name=name)
+    assert ran.code == 0, ran.out
+    head.wait(name, lambda status, log: "retrieval 2: loss" in log)
+    for process in head.terminal.processes():
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if "jobs/train.py" in line or "ray::RayTrainWorker" in line:
+                process.kill()
+    head.wait(name, lambda status, log: status == "FAILED")
+    assert not (bundles / "CURRENT").exists()
+
+    ran = head.submit(*command)
+    assert ran.code == 0, ran.out
+    assert "retrieval 1: loss" not in ran.out
+    lines = [line for line in last_json(ran)["training"] if line["stage"] == "retrieval"]
+    assert [line["epoch"] for line in lines] == list(range(epochs)), "no epoch is lost, and none told twice"
+    assert last_json(ran)["version"] == (bundles / "CURRENT").read_text().strip()
 
 
 @pytest.mark.ray
