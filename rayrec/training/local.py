@@ -127,23 +127,26 @@ def train_alone(
 
     Raises DamagedCheckpointError if `resume` is not whole.
     """
+    add_up_alike(torch.get_num_threads())
+    return train_as(Alone(folder, on_epoch), dataset, config, resume=resume, keep=keep)
+
+
+def train_as(
+    worker: Alone, dataset: Dataset, config: Config, *, resume: Path | None = None, keep: Path | None = None
+) -> Fit:
+    """The same as a worker of the caller's, who hears of every epoch and checkpoint."""
     if resume is not None:
         check(resume)
-    add_up_alike(torch.get_num_threads())
     facts = survey(dataset, len(dataset.catalogue()), config)
-    fit = Fit(
-        Job(
-            config,
-            dataset.path,
-            facts.first_stage,
-            facts.rows,
-            keep=keep,
-            fingerprint=dataset.fingerprint(),
-            shards=facts.shards,
-        ),
-        LocalFeed(dataset, config, shards=facts.shards),
-        Alone(folder, on_epoch),
-        resume,
+    job = Job(
+        config,
+        dataset.path,
+        facts.first_stage,
+        facts.rows,
+        keep=keep,
+        fingerprint=dataset.fingerprint(),
+        shards=facts.shards,
     )
+    fit = Fit(job, LocalFeed(dataset, config, shards=facts.shards), worker, resume)
     fit.run()
     return fit

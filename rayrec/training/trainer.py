@@ -115,34 +115,9 @@ def train(
     job = Job(
         config, dataset.path, facts.first_stage, facts.rows, start, fingerprint=fingerprint, shards=facts.shards
     )  # fmt: skip
-    os.environ.setdefault(*POLL)
-    elastic = config.train.min_workers
     board = Board.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     asked = Asked(board)
-    trainer = Trainer(
-        train_worker,
-        train_loop_config={"job": ray.put(job), "board": board, "storage": f"{runs.storage}/{run}"},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(elastic, config.train.workers) if elastic else config.train.workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=LOOK_FOR_MORE_S,  # type: ignore[call-arg]
-            use_gpu=config.train.gpu,
-            resources_per_worker=resources,
-        ),
-        run_config=ray.train.RunConfig(
-            name=run,
-            storage_path=runs.storage,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(max_failures=ELASTIC_FAILURES if elastic else FAILURES),
-            worker_runtime_env={"env_vars": ALLOCATOR},  # type: ignore[call-arg]
-        ),
-        torch_config=Workers(backend="nccl" if config.train.gpu else "gloo"),
-        datasets=_tables(dataset, config, list(facts.shards), board),
-        # What is split has a coordinator, a process for each table; one worker does without.
-        dataset_config=ray.train.DataConfig(
-            datasets_to_split="all" if config.train.workers > 1 else [], execution_options=IN_ORDER
-        ),
-        asked=asked,
-    )
+    trainer = _trainer(job, dataset, runs.storage, run, resources, board, asked)
     with asked.by_sigterm():
         with _progress(board, bundles, run, config), writing(bundles), _naming_shards(dataset, config):
             result = _fit(trainer)
@@ -156,6 +131,37 @@ def train(
         )
     runs.finish(run)
     return bundle
+
+
+def _trainer(
+    job: Job, dataset: Dataset, storage: str, run: str, resources: dict[str, float], board: Any, asked: Asked
+) -> Trainer:
+    """Ray's trainer of one run: how many workers, what each asks for and reads, and what is done where one fails."""
+    config = job.config
+    elastic, workers = config.train.min_workers, config.train.workers
+    os.environ.setdefault(*POLL)
+    return Trainer(
+        train_worker,
+        train_loop_config={"job": ray.put(job), "board": board, "storage": f"{storage}/{run}"},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(elastic, workers) if elastic else workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=LOOK_FOR_MORE_S,  # type: ignore[call-arg]
+            use_gpu=config.train.gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=run,
+            storage_path=storage,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(max_failures=ELASTIC_FAILURES if elastic else FAILURES),
+            worker_runtime_env={"env_vars": ALLOCATOR},  # type: ignore[call-arg]
+        ),
+        torch_config=Workers(backend="nccl" if config.train.gpu else "gloo"),
+        datasets=_tables(dataset, config, list(job.shards), board),
+        # What is split has a coordinator, a process for each table; one worker does without.
+        dataset_config=ray.train.DataConfig(datasets_to_split="all" if workers > 1 else [], execution_options=IN_ORDER),
+        asked=asked,
+    )
 
 
 def _ended(asked: Asked, place: str) -> None:

@@ -28,11 +28,9 @@ from rayrec.errors import ResourceError, UsageError, writing
 from rayrec.files import absolute, filesystem, read_text, upload
 from rayrec.progress import Task, step
 from rayrec.settings import with_settings
-from rayrec.training.checkpoints import check
 from rayrec.training.dials import Dial, turns
-from rayrec.training.fit import Fit, Job
-from rayrec.training.local import Alone, LocalFeed
-from rayrec.training.survey import survey
+from rayrec.training.group import add_up_alike
+from rayrec.training.local import Alone, train_as
 from rayrec.training.trial_table import Epoch, Trial, draw, table
 from rayrec.training.validation import score
 
@@ -162,17 +160,13 @@ def _space(plan: dict[str, Any]) -> dict[str, Any]:
 def run_trial(given: Mapping[str, Any], dataset: str, config: Mapping[str, Any]) -> None:
     """One trial, in a process of its own: a whole training by its settings, reported after each epoch."""
     settings = with_settings(Config.model_validate(config), given["trials"][given["number"]])
-    torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().required_resources["CPU"])))
-    opened = Dataset.open(dataset)
-    facts = survey(opened, len(opened.catalogue()), settings)
-    job = Job(settings, opened.path, facts.first_stage, facts.rows, fingerprint=opened.fingerprint())
+    if not settings.train.gpu:
+        add_up_alike(max(1, int(tune.get_context().get_trial_resources().required_resources["CPU"])))
     device = torch.device("cuda" if settings.train.gpu else "cpu")
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
         checkpoint = tune.get_checkpoint()
         resume = Path(checkpoint.to_directory(scratch)) if checkpoint else None
-        if resume is not None:
-            check(resume)
-        Fit(job, LocalFeed(opened, settings), Reporting(Path(folder), device=device), resume).run()
+        train_as(Reporting(Path(folder), device=device), Dataset.open(dataset), settings, resume=resume)
 
 
 @dataclass
