@@ -152,7 +152,7 @@ def test_an_interrupt_is_said_and_exits_130(rayrec: Command, monkeypatch: pytest
 # ---------------------------------------------------------------- help
 
 
-def test_help_names_every_command_of_the_design(rayrec: Command) -> None:
+def test_help_names_the_commands(rayrec: Command) -> None:
     ran = rayrec("--help")
     assert ran.code == 0
     for name in (
