@@ -123,10 +123,7 @@ def train_alone(
     keep: Path | None = None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> Fit:
-    """Train in this process; `folder` ends with model.safetensors, vectors.npy and state.json. keep: see `fit.Job`.
-
-    Raises DamagedCheckpointError if `resume` is not whole.
-    """
+    """See `train_as`; `folder` ends with model.safetensors, vectors.npy and state.json. keep: see `fit.Job`."""
     add_up_alike(torch.get_num_threads())
     return train_as(Alone(folder, on_epoch), dataset, config, resume=resume, keep=keep)
 
@@ -134,7 +131,10 @@ def train_alone(
 def train_as(
     worker: Alone, dataset: Dataset, config: Config, *, resume: Path | None = None, keep: Path | None = None
 ) -> Fit:
-    """The same as a worker of the caller's, who hears of every epoch and checkpoint."""
+    """Train in this process, on the threads it has; `worker` hears of every epoch and receives the checkpoints.
+
+    Raises DamagedCheckpointError if `resume` is not whole.
+    """
     if resume is not None:
         check(resume)
     facts = survey(dataset, len(dataset.catalogue()), config)
